@@ -1,0 +1,105 @@
+"""Batch normalisation whose statistics leave padded tokens out."""
+
+import torch
+from torch import Tensor, nn
+
+from million_experts._typing import Bool, Float
+
+
+class MaskedBatchNorm(nn.Module):
+    """BatchNorm over tokens [T, C], with an optional mask of the real ones.
+
+    Statistics are computed and kept in float32 or wider, `.to(torch.bfloat16)` included. Parameters, buffers
+    and the meaning of `momentum` are those of `torch.nn.BatchNorm1d`; it is no subclass, so that
+    `SyncBatchNorm.convert_sync_batchnorm` does not replace it by a module without a mask.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.weight = nn.Parameter(torch.empty(num_features))
+        self.bias = nn.Parameter(torch.empty(num_features))
+        self.register_buffer("running_mean", torch.empty(num_features))
+        self.register_buffer("running_var", torch.empty(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.running_mean)
+        nn.init.ones_(self.running_var)
+        nn.init.zeros_(self.num_batches_tracked)
+
+    def _apply(self, fn, recurse=True):
+        before = self.running_mean, self.running_var
+        super()._apply(fn, recurse)
+        for name, old in zip(("running_mean", "running_var"), before, strict=True):
+            new = getattr(self, name)
+            if new.dtype in (torch.float16, torch.bfloat16):
+                # Statistics move and change size with the module, but never lose precision.
+                setattr(self, name, old.to(new.device) if new.device.type != "meta" else new.float())
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+
+    def forward(
+        self, x: Float[Tensor, "T C"], mask: Bool[Tensor, " T"] | None = None
+    ) -> Float[Tensor, "T C"]:
+        """Normalises x [T, C] by the statistics of its real tokens (training) or the running ones (eval).
+
+        Returns float32, or float64 where x is float64. `mask` [T] is True where a token is real. In
+        training the running statistics are updated once a step: not again when gradient checkpointing
+        repeats a forward pass during backward.
+
+        Raises:
+            ValueError: fewer than two real tokens in training (none at all in an empty batch is fine).
+        """
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if not self.training:
+            mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
+        elif len(x) == 0:
+            mean, var = x.new_zeros(self.num_features), x.new_ones(self.num_features)
+        else:
+            mean, var, count = self._statistics(x, mask)
+            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+                self._update(mean.detach(), var.detach(), count)
+        scale = torch.rsqrt(var + self.eps) * self.weight.to(x.dtype)
+        return (x - mean) * scale + self.bias.to(x.dtype)
+
+    def _statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if mask is None:
+            count = torch.full((), len(x), dtype=x.dtype, device=x.device)
+            enough = len(x) > 1
+        else:
+            count = mask.sum().to(x.dtype)
+            if torch.compiler.is_compiling():
+                torch._assert_async(count > 1, _TOO_FEW)  # a branch on data would break the graph
+                enough = True
+            else:
+                enough = bool(count > 1)
+            x = torch.where(mask[:, None], x, 0)
+        if not enough:
+            raise ValueError(
+                f"{_TOO_FEW}, got {int(count)} of {len(x)}; eval mode or query_norm='layer' take any number"
+            )
+        mean = x.sum(0) / count
+        centred = x - mean
+        if mask is not None:
+            centred = torch.where(mask[:, None], centred, 0)
+        return mean, centred.square().sum(0) / count, count
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        unbiased = var * (count / (count - 1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        self.num_batches_tracked.add_(1)
+
+
+_TOO_FEW = "mask must leave at least two real tokens for BatchNorm in training"

@@ -1,0 +1,185 @@
+"""PEER: a feed-forward layer that retrieves its neurons from a pool of a million."""
+
+import copy
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from million_experts._typing import Bool, Float
+from million_experts.layers.retrieval import ProductKeyRetrieval, Routing, check_choice
+from million_experts.ops import ACTIVATIONS, expert_mlp
+
+# (token, expert) pairs over which `reset_parameters` averages. The worst case, ReLU with GLU and one expert a
+# token, has a relative variance of about 20 a pair: the standard deviation is then known to under 1 %.
+INIT_PAIRS = 2**17
+INIT_BATCH = 4096  # tokens at a time
+
+
+class PEER(ProductKeyRetrieval):
+    r"""Parameter-efficient expert retrieval: one neuron an expert, K = H*k of N experts for each token.
+
+    **Training and evaluation differ under query BatchNorm, the paper's choice and the default.** In training
+    a token's query is normalised by the statistics of the batch, so what it retrieves depends a little on
+    the tokens beside it, later ones of the same text included; a batch needs at least two real tokens. In
+    evaluation the running statistics stand in, and every token stands alone. Where the two must agree, or
+    where micro-batches must add up to one large batch, choose `query_norm="layer"`.
+
+    Follows Algorithm 1 of "Mixture of A Million Experts" (arXiv 2407.04153): keys shared by the heads,
+    softmax over each head's k scores, summed heads. As in the paper an expert *down*-projects the token to
+    one number and *up*-projects that number back; Llama's `up_proj` and `down_proj` are the other way round.
+
+    **Initialisation.** With token :math:`x`, experts :math:`n` with rows :math:`u_n` (down), :math:`v_n`
+    (up), :math:`w_n` (gate, with GLU), and :math:`G_n` the sum of the gates that the token's heads give to
+    expert n, the layer computes
+
+    .. math:: y = \sum_n G_n a_n v_n, \qquad a_n = \mathrm{act}(u_n \cdot x) \, [\, w_n \cdot x \,].
+
+    1. For unit-variance x, rows :math:`u_n, w_n \sim N(0, 1/D)` give pre-activations of unit variance: the
+       activation works where it is meant to, whatever D.
+    2. The up rows are drawn from :math:`N(0, \sigma^2)`, independently of everything else, so all terms
+       :math:`v_n v_m` of different experts vanish on average and
+       :math:`\mathrm{Var}(y_d) = \sigma^2 S` with :math:`S = E_x[\sum_n G_n^2 a_n^2]`.
+    3. The output has standard deviation `init_std` exactly when :math:`\sigma = \mathrm{init\_std}/\sqrt S`.
+
+    If heads never met and gates were independent of the activations, S would be
+    :math:`H \, E[\sum_k g_k^2] \, E[a^2]`, where :math:`E[a^2]` is 0.425 for GELU, 1/2 for ReLU and 0.356 for
+    SiLU, and :math:`E[\sum_k g_k^2]` lies between 1/k and 1 for softmax gates. But S depends on the order
+    statistics of sums of two codebooks, on how often heads pick the same expert (always, in a small pool)
+    and on the norm of x in a narrow layer, so no closed form holds for every N, H, k, D and score. Hence
+    `reset_parameters` takes the expectation as it is defined: it sends normal tokens through the layer's own
+    retrieval and experts with :math:`\sigma = 1`, in training mode, and divides the up rows by what comes
+    out. The pool's finite cross terms are thereby included.
+
+    Args:
+        dim: D, the width of tokens.
+        num_experts: N, an int (its most square factorisation, n1 <= 4 * n2) or a pair (n1, n2). Expert
+            i*n2 + j has sub-keys i and j.
+        num_heads: H.
+        experts_per_head: k, at most min(n1, n2).
+        key_dim: width of a query, both halves together; even.
+        glu: experts also have a gate row that multiplies the activation.
+        activation: "gelu", "relu" or "silu".
+        query_norm: "batch", "layer" or "none".
+        share_keys: True for the paper's one pair of codebooks, False for a pair a head.
+        score: "softmax" over each head's k, "sigmoid" or "relu" of each score.
+        init_std: standard deviation of the output at step 0, for unit-variance input in training mode.
+        sparse_grad: not available yet; must be False.
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Raises:
+        ValueError: an argument outside what is allowed; the message names it.
+        RuntimeError: a backend asked for by name that cannot run here.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int | tuple[int, int] = 1024**2,
+        num_heads: int = 8,
+        experts_per_head: int = 16,
+        key_dim: int = 128,
+        glu: bool = False,
+        activation: str = "gelu",
+        query_norm: str = "batch",
+        share_keys: bool = True,
+        score: str = "softmax",
+        init_std: float = 0.1,
+        sparse_grad: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            dim, num_experts, num_heads, experts_per_head, key_dim, query_norm, share_keys, score, backend
+        )
+        check_choice("activation", activation, ACTIVATIONS)
+        if not init_std > 0:
+            raise ValueError(f"init_std must be positive, got {init_std}")
+        if sparse_grad:
+            raise ValueError("sparse_grad=True is not available in this release; use sparse_grad=False")
+        self.glu, self.activation, self.init_std, self.sparse_grad = glu, activation, init_std, sparse_grad
+        self.experts = nn.Parameter(torch.empty(self.num_experts, 3 if glu else 2, dim))
+        if not self.experts.is_meta:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew, as the class's docstring derives."""
+        self.reset_retrieval()
+        # Row by row of the packed table, in place: no second table in memory.
+        nn.init.normal_(self.experts, std=self.dim**-0.5)
+        self.experts[:, 1].mul_(self.init_std / self._measure_output_std())
+
+    def _measure_output_std(self) -> Tensor:
+        """Standard deviation of the output for normal tokens, in training mode; leaves no trace."""
+        probe = copy.copy(self)  # shares parameters and buffers, not the mode or the hooks
+        probe.training, probe._routing_hooks = True, {}
+        K = self.num_heads * self.experts_per_head
+        batches = math.ceil(INIT_PAIRS / K / INIT_BATCH)
+        tokens = max(1024, math.ceil(INIT_PAIRS / K / batches))
+        squares = []
+        for _ in range(batches):
+            x = torch.randn(tokens, self.dim, device=self.experts.device, dtype=self.keys1.dtype)
+            squares.append(probe(x).float().square().mean())
+        self._reset_query_norm()  # the statistics of these tokens are no data's
+        return torch.stack(squares).mean().sqrt()
+
+    @overload
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, return_routing: Literal[False] = False
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, return_routing: Literal[True]
+    ) -> tuple[Tensor, Routing]: ...
+    def forward(
+        self,
+        x: Float[Tensor, "*batch D"],
+        mask: Bool[Tensor, "*batch"] | None = None,
+        return_routing: bool = False,
+    ) -> Float[Tensor, "*batch D"] | tuple[Float[Tensor, "*batch D"], Routing]:
+        """Applies the layer to tokens x [..., D].
+
+        Args:
+            x: [..., D].
+            mask: [...] bool, True for a real token. Masked tokens give zeros, have zero gates, touch no
+                expert, enter no statistic and receive zero gradient, whatever they hold.
+            return_routing: also return the `Routing`, each tensor [..., H, k].
+
+        Returns:
+            y [..., D] in x's dtype (under autocast in autocast's). A token with NaN or infinity gives a
+            non-finite output, and in eval mode changes no other token.
+
+        Raises:
+            ValueError: a last dimension other than `dim`; a mask of another shape or dtype; BatchNorm in
+                training with fewer than two real tokens.
+        """
+        if x.dim() < 1 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must have shape [..., {self.dim}], got {list(x.shape)}")
+        lead = x.shape[:-1]
+        tokens = x.reshape(-1, self.dim)
+        if mask is not None:
+            if mask.shape != lead or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"mask must be bool of shape {list(lead)}, x's without its last dimension, "
+                    f"got {mask.dtype} {list(mask.shape)}"
+                )
+            mask = mask.reshape(-1)
+            tokens = torch.where(mask[:, None], tokens, 0)
+        routing = self.retrieve(tokens, mask)
+        y = expert_mlp(
+            tokens,
+            routing.indices.flatten(1),
+            routing.gates.flatten(1),
+            self.experts,
+            self.activation,
+            self.backend,
+            mask=mask,
+        ).view(*lead, self.dim)
+        if not return_routing:
+            return y
+        shape = (*lead, self.num_heads, self.experts_per_head)
+        return y, Routing(*(t.view(shape) for t in routing))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, glu={self.glu}, activation={self.activation!r}"

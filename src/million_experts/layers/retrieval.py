@@ -1,0 +1,220 @@
+"""Product-key retrieval as a module: queries, two codebooks, the gates of the experts that are found."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from million_experts._typing import Bool, Float
+from million_experts.layers.norm import MaskedBatchNorm
+from million_experts.ops import product_key_topk, resolve_backend
+
+SCORES = ("softmax", "sigmoid", "relu")
+QUERY_NORMS = ("batch", "layer", "none")
+
+
+class Routing(NamedTuple):
+    """What a layer retrieved for each token; each of shape [..., H, k].
+
+    Attributes:
+        indices: int64, the experts, best first. Those of a masked token are valid and mean nothing.
+        gates: what each expert's output is multiplied by; zero for masked tokens.
+        scores: raw scores, descending.
+    """
+
+    indices: Tensor
+    gates: Tensor
+    scores: Tensor
+
+
+RoutingHook = Callable[["ProductKeyRetrieval", Routing], None]
+
+
+def factorise(num_experts: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """The sizes (n1, n2) of the two codebooks that address `num_experts` experts.
+
+    A pair is taken as it is. An int takes its most square factorisation, n1 >= n2.
+
+    Raises:
+        ValueError: not positive, or an int with no factorisation with n1 <= 4 * n2; the nearest sizes that
+            work are named.
+    """
+    if isinstance(num_experts, int) and not isinstance(num_experts, bool):
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be positive, got {num_experts}")
+        n1, n2 = _most_square(num_experts)
+        if n1 <= 4 * n2:
+            return n1, n2
+        below = next((n for n in range(num_experts - 1, 0, -1) if _usable(n)), None)
+        above = next(n for n in range(num_experts + 1, 2 * num_experts + 2) if _usable(n))
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"num_experts={num_experts} has no factorisation n1 * n2 with n1 <= 4 * n2 (its most square one "
+            f"is {n1} * {n2}); the nearest sizes that work are {near}, or give a pair (n1, n2)"
+        )
+    if (
+        not isinstance(num_experts, tuple | list)
+        or len(num_experts) != 2
+        or not all(isinstance(n, int) and not isinstance(n, bool) for n in num_experts)
+    ):
+        raise ValueError(f"num_experts must be an int or a pair of ints (n1, n2), got {num_experts!r}")
+    if min(num_experts) < 1:
+        raise ValueError(f"num_experts must be a pair of positive sizes, got {tuple(num_experts)}")
+    return num_experts[0], num_experts[1]
+
+
+def _most_square(number: int) -> tuple[int, int]:
+    small = next(n for n in range(math.isqrt(number), 0, -1) if number % n == 0)
+    return number // small, small
+
+
+def _usable(number: int) -> bool:
+    n1, n2 = _most_square(number)
+    return n1 <= 4 * n2
+
+
+def check_positive(**sizes: int) -> None:
+    """Raises ValueError that names the first size that is not a positive int."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} must be a positive int, got {size!r}")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError that names what is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+class ProductKeyRetrieval(nn.Module):
+    """Finds k of N = n1 * n2 items for each token and head (PEER, arXiv 2407.04153, section 2.2).
+
+    Its subclasses hold what is retrieved. The query of a token is a linear projection, normalised
+    (`query_norm`); each half is scored against a codebook of sub-keys, which the heads share unless
+    `share_keys` is False; `score` turns the k best sums into gates.
+
+    At initialisation queries have unit variance, and sub-keys are N(0, 1/key_dim), so that the score of an
+    item taken at random has unit variance too, whatever key_dim.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int | tuple[int, int],
+        num_heads: int,
+        experts_per_head: int,
+        key_dim: int,
+        query_norm: str,
+        share_keys: bool,
+        score: str,
+        backend: str,
+    ):
+        super().__init__()
+        check_positive(dim=dim, num_heads=num_heads, experts_per_head=experts_per_head, key_dim=key_dim)
+        if key_dim % 2:
+            raise ValueError(f"key_dim counts both halves of a query and must be even, got {key_dim}")
+        check_choice("query_norm", query_norm, QUERY_NORMS)
+        check_choice("score", score, SCORES)
+        resolve_backend(backend)
+        self.codebook_sizes = factorise(num_experts)
+        if experts_per_head > min(self.codebook_sizes):
+            raise ValueError(
+                f"experts_per_head must be at most {min(self.codebook_sizes)}, the smaller of the codebooks "
+                f"{self.codebook_sizes}, got {experts_per_head}"
+            )
+        self.dim, self.num_heads, self.experts_per_head, self.key_dim = (
+            dim,
+            num_heads,
+            experts_per_head,
+            key_dim,
+        )
+        self.share_keys, self.score, self.backend = share_keys, score, backend
+
+        self.query_proj = nn.Linear(dim, num_heads * key_dim, bias=False)
+        self.query_norm: nn.Module
+        if query_norm == "batch":
+            self.query_norm = MaskedBatchNorm(num_heads * key_dim)
+        elif query_norm == "layer":
+            self.query_norm = nn.LayerNorm(key_dim)
+        else:
+            self.query_norm = nn.Identity()
+        heads = () if share_keys else (num_heads,)
+        self.keys1, self.keys2 = (
+            nn.Parameter(torch.empty(*heads, n, key_dim // 2)) for n in self.codebook_sizes
+        )
+        self._routing_hooks: dict[int, RoutingHook] = {}
+
+    @property
+    def num_experts(self) -> int:
+        """N, the number of items in the pool."""
+        return self.codebook_sizes[0] * self.codebook_sizes[1]
+
+    def reset_retrieval(self) -> None:
+        """Draws the query projection and the sub-keys anew, and resets the query norm."""
+        nn.init.normal_(self.query_proj.weight, std=self.dim**-0.5)
+        for keys in (self.keys1, self.keys2):
+            nn.init.normal_(keys, std=self.key_dim**-0.5)
+        self._reset_query_norm()
+
+    def _reset_query_norm(self) -> None:
+        if isinstance(self.query_norm, MaskedBatchNorm | nn.LayerNorm):
+            self.query_norm.reset_parameters()
+
+    def register_routing_hook(self, hook: RoutingHook) -> RemovableHandle:
+        """Calls `hook(layer, routing)` after each retrieval, routing [T, H, k]; returns a handle.
+
+        Meant for measurement: hooks see the routing of eager forward passes and must not change it.
+        """
+        handle = RemovableHandle(self._routing_hooks)
+        self._routing_hooks[handle.id] = hook
+        return handle
+
+    def retrieve(self, x: Float[Tensor, "T D"], mask: Bool[Tensor, " T"] | None = None) -> Routing:
+        """The experts [T, H, k] for tokens x [T, D]; masked tokens must already hold zeros."""
+        scores, indices = product_key_topk(
+            self._queries(x, mask), self.keys1, self.keys2, self.experts_per_head, self.backend
+        )
+        # A token that holds NaN or infinity must not pass for a valid one: its scores become NaN.
+        scores = scores + (x.detach() * 0).sum(-1).to(scores.dtype)[:, None, None]
+        if self.score == "softmax":
+            gates = scores.softmax(-1)
+        elif self.score == "sigmoid":
+            gates = scores.sigmoid()
+        else:
+            gates = scores.relu()
+        if mask is not None:
+            gates = torch.where(mask[:, None, None], gates, 0)
+        routing = Routing(indices, gates, scores)
+        for hook in self._routing_hooks.values():
+            hook(self, routing)
+        return routing
+
+    def _queries(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        weight = self.query_proj.weight
+        if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+            query = F.linear(x, weight)
+        else:
+            wide = torch.promote_types(x.dtype, weight.dtype)
+            query = F.linear(x.to(wide), weight.to(wide))
+        if isinstance(self.query_norm, MaskedBatchNorm):
+            query = self.query_norm(query, mask)
+        query = query.unflatten(-1, (self.num_heads, self.key_dim))
+        if isinstance(self.query_norm, nn.LayerNorm):
+            norm = self.query_norm
+            query = query.to(torch.promote_types(query.dtype, torch.float32))
+            query = F.layer_norm(
+                query, norm.normalized_shape, norm.weight.to(query.dtype), norm.bias.to(query.dtype), norm.eps
+            )
+        return query.unflatten(-1, (2, -1))
+
+    def extra_repr(self) -> str:
+        n1, n2 = self.codebook_sizes
+        return (
+            f"dim={self.dim}, num_experts={n1 * n2} ({n1} x {n2}), num_heads={self.num_heads}, "
+            f"experts_per_head={self.experts_per_head}, key_dim={self.key_dim}, "
+            f"share_keys={self.share_keys}, score={self.score!r}, backend={self.backend!r}"
+        )

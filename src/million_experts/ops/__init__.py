@@ -1,0 +1,134 @@
+"""Pure functions of tensors: product-key retrieval and the experts' forward pass, with gradients.
+
+`reference.py` is the plain PyTorch that defines them, `library.py` registers them with PyTorch, and
+`backends.py` says which implementations run on this machine.
+"""
+
+import torch
+from torch import Tensor
+
+from million_experts._typing import Bool, Float, Int
+from million_experts.ops import library as _library  # noqa: F401  (registers torch.ops.million_experts)
+from million_experts.ops.backends import available_backends, resolve_backend
+from million_experts.ops.reference import ACTIVATIONS
+
+__all__ = ["ACTIVATIONS", "available_backends", "expert_mlp", "product_key_topk", "resolve_backend"]
+
+
+def product_key_topk(
+    query: Float[Tensor, "T H 2 d"],
+    keys1: Float[Tensor, "*H1 n1 d"],
+    keys2: Float[Tensor, "*H2 n2 d"],
+    k: int,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "T H k"], Int[Tensor, "T H k"]]:
+    """The k best of n1 * n2 product keys for each query (PEER, arXiv 2407.04153, section 2.2).
+
+    Expert i*n2 + j scores `query[..., 0, :] . keys1[i] + query[..., 1, :] . keys2[j]`. The best k lie among
+    the sums of the k best sub-keys of each half, so n1 + n2 + k*k sums stand for n1 * n2.
+
+    Args:
+        query: [T, H, 2, d], two halves for each of T tokens and H heads.
+        keys1: [n1, d], one codebook for all heads, or [H, n1, d], one for each head.
+        keys2: [n2, d] or [H, n2, d], in the form of `keys1`.
+        k: experts a head, at most min(n1, n2).
+        backend: one of "auto", "reference", "cpu", "triton".
+
+    Returns:
+        Raw scores [T, H, k], descending, in float32 (float64 if any input is), and indices [T, H, k], int64.
+        Of equal scores the lowest index comes first. A query that is not finite gives valid indices.
+        Gradients reach the query and the selected sub-keys only. Double backward is not supported.
+
+    Raises:
+        ValueError: a shape, dtype or k that does not fit; the message names the argument.
+    """
+    if query.dim() != 4 or query.shape[2] != 2:
+        raise ValueError(f"query must have shape [T, H, 2, d], got {list(query.shape)}")
+    _check_floating(query=query, keys1=keys1, keys2=keys2)
+    heads, width = query.shape[1], query.shape[3]
+    for name, keys in (("keys1", keys1), ("keys2", keys2)):
+        if keys.dim() not in (2, 3) or keys.shape[-1] != width or (keys.dim() == 3 and len(keys) != heads):
+            raise ValueError(
+                f"{name} must have shape [n, {width}] or [{heads}, n, {width}] to fit query "
+                f"{list(query.shape)}, got {list(keys.shape)}"
+            )
+    if keys1.dim() != keys2.dim():
+        raise ValueError(
+            "keys1 and keys2 must both be shared or both be per head, "
+            f"got {list(keys1.shape)} and {list(keys2.shape)}"
+        )
+    smaller = min(keys1.shape[-2], keys2.shape[-2])
+    if not 1 <= k <= smaller:
+        raise ValueError(f"k must lie in [1, {smaller}], the size of the smaller codebook, got {k}")
+    return torch.ops.million_experts.product_key_topk(query, keys1, keys2, k, resolve_backend(backend))
+
+
+def expert_mlp(
+    x: Float[Tensor, "T D"],
+    indices: Int[Tensor, "T K"],
+    gates: Float[Tensor, "T K"],
+    experts: Float[Tensor, "N R D"],
+    activation: str = "gelu",
+    backend: str = "auto",
+    *,
+    mask: Bool[Tensor, " T"] | None = None,
+) -> Float[Tensor, "T D"]:
+    """The gated sum of K single-neuron experts for each token (PEER, arXiv 2407.04153, Eq. 2, Algorithm 1).
+
+    `y[t] = sum_k gates[t, k] * act(x[t] . down) * up`, with GLU
+    `act(x[t] . down) * (x[t] . gate) * up`, where (down, up) or (down, up, gate) are the rows of `experts[indices[t, k]]`. As in the paper *down* projects
+    the token to one number and *up* projects it back; Llama's `up_proj` and `down_proj` are the other way
+    round. No tensor of shape [T, K, D] is made, forward or backward.
+
+    Args:
+        x: [T, D] tokens.
+        indices: [T, K] int64, experts in [0, N); an expert may appear more than once.
+        gates: [T, K].
+        experts: [N, 2, D], or [N, 3, D] with GLU.
+        activation: "gelu" (with the error function), "relu" or "silu".
+        backend: one of "auto", "reference", "cpu", "triton".
+        mask: [T], True where the token is real. Other tokens give zeros, get zero gradient and touch no
+            expert, whatever they hold.
+
+    Returns:
+        y [T, D] in x's dtype. The dtypes of x, gates and experts may differ; sums are taken in float32
+        (float64 if any input is). Under autocast x and gates are cast, the experts never are.
+        Double backward is not supported.
+
+    Raises:
+        ValueError: a shape, dtype or activation that does not fit; the message names the argument.
+        IndexError: an index outside [0, N).
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    if x.dim() != 2:
+        raise ValueError(f"x must have shape [T, D], got {list(x.shape)}")
+    tokens, dim = x.shape
+    if experts.dim() != 3 or experts.shape[1] not in (2, 3) or experts.shape[2] != dim:
+        raise ValueError(f"experts must have shape [N, 2 or 3, {dim}] to fit x, got {list(experts.shape)}")
+    if indices.dim() != 2 or len(indices) != tokens:
+        raise ValueError(f"indices must have shape [{tokens}, K] to fit x, got {list(indices.shape)}")
+    if indices.dtype != torch.int64:
+        raise ValueError(f"indices must be int64, got {indices.dtype}")
+    if gates.shape != indices.shape:
+        raise ValueError(
+            f"gates must have the shape of indices, {list(indices.shape)}, got {list(gates.shape)}"
+        )
+    _check_floating(x=x, gates=gates, experts=experts)
+    if mask is not None and (mask.shape != (tokens,) or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask must be bool of shape [{tokens}] to fit x, got {mask.dtype} {list(mask.shape)}"
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        low = torch.get_autocast_dtype(x.device.type)
+        x, gates = (t if t.dtype == torch.float64 else t.to(low) for t in (x, gates))
+    y, _ = torch.ops.million_experts.expert_mlp(
+        x, indices, gates, experts, mask, activation, resolve_backend(backend)
+    )
+    return y
+
+
+def _check_floating(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must have a floating-point dtype, got {tensor.dtype}")

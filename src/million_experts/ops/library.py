@@ -1,0 +1,204 @@
+"""The operations as PyTorch sees them: schema, fake and autograd, written once for all backends.
+
+Forward and backward are separate functional operations, so `torch.compile`, `torch.export` and autocast see
+opaque calls with known shapes. `backend` is a resolved name (never "auto"). Shapes as in `reference`.
+"""
+
+import torch
+from torch import Tensor
+
+from million_experts.ops.backends import implementation
+from million_experts.ops.reference import accumulation_dtype
+
+_LIBRARY = torch.library.Library("million_experts", "DEF")
+
+
+def _define(name: str, schema: str, kernel, fake) -> None:
+    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"million_experts::{name}", fake, lib=_LIBRARY)
+
+
+def _refuse_double_backward(name: str) -> None:
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"{name} has no second derivative: double backward is not supported; "
+            "call backward without create_graph=True"
+        )
+
+    torch.library.register_autograd(f"million_experts::{name}_backward", backward, lib=_LIBRARY)
+
+
+# --- retrieval -------------------------------------------------------------------------------------------
+
+
+def _topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+    return implementation(backend).product_key_topk(query, keys1, keys2, k)
+
+
+def _topk_fake(query: Tensor, keys1: Tensor, keys2: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+    T, H = query.shape[:2]
+    scores = query.new_empty(T, H, k, dtype=accumulation_dtype(query, keys1, keys2))
+    return scores, query.new_empty(T, H, k, dtype=torch.int64)
+
+
+def _topk_backward(
+    grad_scores: Tensor, indices: Tensor, query: Tensor, keys1: Tensor, keys2: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation(backend).product_key_topk_backward(grad_scores, indices, query, keys1, keys2)
+
+
+def _topk_backward_fake(grad_scores, indices, query, keys1, keys2, backend):
+    return tuple(t.new_empty(t.shape) for t in (query, keys1, keys2))
+
+
+_define(
+    "product_key_topk",
+    "(Tensor query, Tensor keys1, Tensor keys2, int k, str backend) -> (Tensor scores, Tensor indices)",
+    _topk,
+    _topk_fake,
+)
+_define(
+    "product_key_topk_backward",
+    "(Tensor grad_scores, Tensor indices, Tensor query, Tensor keys1, Tensor keys2, str backend)"
+    " -> (Tensor grad_query, Tensor grad_keys1, Tensor grad_keys2)",
+    _topk_backward,
+    _topk_backward_fake,
+)
+
+
+def _topk_setup(ctx, inputs, output) -> None:
+    query, keys1, keys2, _, ctx.backend = inputs
+    ctx.save_for_backward(output[1], query, keys1, keys2)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _topk_autograd(ctx, grad_scores, grad_indices):
+    if grad_scores is None:
+        return None, None, None, None, None
+    grads = torch.ops.million_experts.product_key_topk_backward(grad_scores, *ctx.saved_tensors, ctx.backend)
+    return *grads, None, None
+
+
+torch.library.register_autograd(
+    "million_experts::product_key_topk", _topk_autograd, setup_context=_topk_setup, lib=_LIBRARY
+)
+_refuse_double_backward("product_key_topk")
+
+
+# --- experts ---------------------------------------------------------------------------------------------
+
+
+def _check_indices(indices: Tensor, num_experts: int) -> None:
+    if indices.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(indices))
+    if low < 0 or high >= num_experts:
+        raise IndexError(
+            f"indices must lie in [0, {num_experts}), the experts in the pool, "
+            f"got values from {low} to {high}"
+        )
+
+
+def _mlp(
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    experts: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    _check_indices(indices, len(experts))
+    run = implementation(backend).expert_mlp
+    if mask is None:
+        return run(x, indices, gates, experts, activation)
+    y, pre = run(x[mask], indices[mask], gates[mask], experts, activation)
+    all_pre = pre.new_zeros(len(pre), *indices.shape)
+    all_pre[:, mask] = pre
+    return _spread(y, mask), all_pre
+
+
+def _spread(rows: Tensor, mask: Tensor) -> Tensor:
+    """The rows at the true places of the mask, zeros elsewhere."""
+    out = rows.new_zeros(len(mask), *rows.shape[1:])
+    out[mask] = rows
+    return out
+
+
+def _mlp_fake(x, indices, gates, experts, mask, activation, backend):
+    pre = x.new_empty(experts.shape[1] - 1, *indices.shape, dtype=accumulation_dtype(x, gates, experts))
+    return x.new_empty(x.shape), pre
+
+
+def _mlp_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    experts: Tensor,
+    pre: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = implementation(backend).expert_mlp_backward
+    if mask is None:
+        return run(grad_y, x, indices, gates, experts, pre, activation, *needs)
+    grad_x, grad_gates, grad_experts = run(
+        grad_y[mask], x[mask], indices[mask], gates[mask], experts, pre[:, mask], activation, *needs
+    )
+    if needs[0]:
+        grad_x = _spread(grad_x, mask)
+    if needs[1]:
+        grad_gates = _spread(grad_gates, mask)
+    return grad_x, grad_gates, grad_experts
+
+
+def _mlp_backward_fake(grad_y, x, indices, gates, experts, pre, mask, activation, needs, backend):
+    return tuple(
+        t.new_empty(t.shape if needed else 0) for t, needed in zip((x, gates, experts), needs, strict=True)
+    )
+
+
+_define(
+    "expert_mlp",
+    "(Tensor x, Tensor indices, Tensor gates, Tensor experts, Tensor? mask, str activation, str backend)"
+    " -> (Tensor y, Tensor pre)",
+    _mlp,
+    _mlp_fake,
+)
+_define(
+    "expert_mlp_backward",
+    "(Tensor grad_y, Tensor x, Tensor indices, Tensor gates, Tensor experts, Tensor pre, Tensor? mask,"
+    " str activation, bool[] needs, str backend)"
+    " -> (Tensor grad_x, Tensor grad_gates, Tensor grad_experts)",
+    _mlp_backward,
+    _mlp_backward_fake,
+)
+
+
+def _mlp_setup(ctx, inputs, output) -> None:
+    x, indices, gates, experts, mask, ctx.activation, ctx.backend = inputs
+    ctx.save_for_backward(x, indices, gates, experts, output[1], mask)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _mlp_autograd(ctx, grad_y, grad_pre):
+    if grad_y is None:
+        return (None,) * 7
+    needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+    grads = torch.ops.million_experts.expert_mlp_backward(
+        grad_y, *ctx.saved_tensors, ctx.activation, needs, ctx.backend
+    )
+    grad_x, grad_gates, grad_experts = (g if needed else None for g, needed in zip(grads, needs, strict=True))
+    return grad_x, None, grad_gates, grad_experts, None, None, None
+
+
+torch.library.register_autograd(
+    "million_experts::expert_mlp", _mlp_autograd, setup_context=_mlp_setup, lib=_LIBRARY
+)
+_refuse_double_backward("expert_mlp")
