@@ -113,14 +113,16 @@ class PEER(ProductKeyRetrieval):
     def _measure_output_std(self) -> Tensor:
         """Standard deviation of the output for normal tokens, in training mode; leaves no trace."""
         probe = copy.copy(self)  # shares parameters and buffers, not the mode or the hooks
-        probe.training, probe._routing_hooks = True, {}
+        probe._routing_hooks = {}
+        probe._modules = {name: copy.copy(module) for name, module in self._modules.items()}
+        probe.train()
         K = self.num_heads * self.experts_per_head
         batches = math.ceil(INIT_PAIRS / K / INIT_BATCH)
         tokens = max(1024, math.ceil(INIT_PAIRS / K / batches))
         squares = []
         for _ in range(batches):
             x = torch.randn(tokens, self.dim, device=self.experts.device, dtype=self.keys1.dtype)
-            squares.append(probe(x).float().square().mean())
+            squares.append(probe.forward(x).float().square().mean())
         self._reset_query_norm()  # the statistics of these tokens are no data's
         return torch.stack(squares).mean().sqrt()
 

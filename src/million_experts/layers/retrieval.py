@@ -1,6 +1,7 @@
 """Product-key retrieval as a module: queries, two codebooks, the gates of the experts that are found."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -146,7 +147,7 @@ class ProductKeyRetrieval(nn.Module):
         self.keys1, self.keys2 = (
             nn.Parameter(torch.empty(*heads, n, key_dim // 2)) for n in self.codebook_sizes
         )
-        self._routing_hooks: dict[int, RoutingHook] = {}
+        self._routing_hooks: OrderedDict[int, RoutingHook] = OrderedDict()
 
     @property
     def num_experts(self) -> int:

@@ -76,9 +76,10 @@ def expert_mlp(
     """The gated sum of K single-neuron experts for each token (PEER, arXiv 2407.04153, Eq. 2, Algorithm 1).
 
     `y[t] = sum_k gates[t, k] * act(x[t] . down) * up`, with GLU
-    `act(x[t] . down) * (x[t] . gate) * up`, where (down, up) or (down, up, gate) are the rows of `experts[indices[t, k]]`. As in the paper *down* projects
-    the token to one number and *up* projects it back; Llama's `up_proj` and `down_proj` are the other way
-    round. No tensor of shape [T, K, D] is made, forward or backward.
+    `act(x[t] . down) * (x[t] . gate) * up`, where (down, up) or (down, up, gate) are the rows of
+    `experts[indices[t, k]]`. As in the paper *down* projects the token to one number and *up* projects it
+    back; Llama's `up_proj` and `down_proj` are the other way round. No tensor of shape [T, K, D] is made,
+    forward or backward.
 
     Args:
         x: [T, D] tokens.

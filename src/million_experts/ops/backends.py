@@ -14,6 +14,10 @@ _UNAVAILABLE = {
 }
 
 
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run here."""
+
+
 def available_backends() -> dict[str, str | None]:
     """Every backend by name, with the reason why it cannot run here, or None where it can."""
     return {name: None if name in _IMPLEMENTATIONS else _UNAVAILABLE[name] for name in NAMES[1:]}
@@ -24,14 +28,14 @@ def resolve_backend(backend: str) -> str:
 
     Raises:
         ValueError: `backend` is not one of `NAMES`.
-        RuntimeError: `backend` was asked for by name and cannot run here.
+        BackendError: `backend` was asked for by name and cannot run here.
     """
     if backend not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}, got {backend!r}")
     if backend == "auto":
         return next(iter(_IMPLEMENTATIONS))
     if backend not in _IMPLEMENTATIONS:
-        raise RuntimeError(
+        raise BackendError(
             f"backend {backend!r} cannot run here: {_UNAVAILABLE[backend]}; "
             f"backends that run here: {', '.join(_IMPLEMENTATIONS)}"
         )

@@ -164,7 +164,7 @@ def product_key_topk_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, keys1 and keys2; only the selected sub-keys get any."""
     n2 = keys2.shape[-2]
-    grad_query = torch.empty_like(query)
+    grad_query = query.new_empty(query.shape)
     grad_keys1 = _half_backward(grad_scores, indices // n2, query, keys1, 0, grad_query)
     grad_keys2 = _half_backward(grad_scores, indices % n2, query, keys2, 1, grad_query)
     return grad_query, grad_keys1, grad_keys2
@@ -179,8 +179,8 @@ def _half_backward(
         picks = picks + torch.arange(H, device=picks.device).view(H, 1) * keys.shape[1]
     table = keys.reshape(-1, keys.shape[-1])
     rows, grad = picks.reshape(T * H, k), grad_scores.reshape(T * H, k).to(dtype)
-    grad_query[:, :, half] = mix(grad, table.to(dtype), rows).view(T, H, -1)
-    queries = query[:, :, half].reshape(T * H, -1).to(dtype)
+    grad_query[:, :, half] = mix(grad, table.to(dtype), rows).view(T, H, keys.shape[-1])
+    queries = query[:, :, half].reshape(T * H, keys.shape[-1]).to(dtype)
     owners = torch.arange(T * H, device=rows.device).unsqueeze(1).expand(T * H, k)
     grads = accumulate(grad.flatten(), queries, owners.flatten(), rows.flatten(), len(table), keys.dtype)
     return grads.view_as(keys)
@@ -198,7 +198,7 @@ def expert_mlp(
     table = experts.reshape(N * R, D)
     inputs = [indices * R + r for r in range(R) if r != 1]  # row 1 is the one that projects up
     pre = dots(x.to(dtype), table, torch.cat(inputs, 1))
-    pre = pre.view(len(x), R - 1, -1).transpose(0, 1).contiguous()
+    pre = pre.view(len(x), R - 1, indices.shape[1]).transpose(0, 1).contiguous()
     y = mix(gates.to(dtype) * _hidden(pre, activation), table, indices * R + 1)
     return y.to(x.dtype), pre
 
@@ -227,7 +227,7 @@ def expert_mlp_backward(
     dtype = pre.dtype
     table = experts.reshape(N * R, D)
     grad_y, wide_gates = grad_y.to(dtype), gates.to(dtype)
-    grad_x = grad_gates = grad_experts = x.new_empty(0)
+    grad_x, grad_gates, grad_experts = (t.new_empty(0) for t in (x, gates, experts))
 
     hidden = _hidden(pre, activation)
     upward = dots(grad_y, table, indices * R + 1)

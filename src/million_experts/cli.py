@@ -1,0 +1,380 @@
+"""The command line, `million-experts`. Commands import what they need when they run, so help is quick."""
+
+import inspect as python_inspect
+import json
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+try:
+    import typer
+    import yaml
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(
+        f'the command line needs {error.name}: pip install "million-experts[train,data]"'
+    ) from error
+
+from million_experts.lm.settings import FIELD_TYPES, TrainSettings, load_preset, preset_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from million_experts.lm.packing import TokenStream
+
+app = typer.Typer(
+    help="Language models with a million tiny experts: train, measure and use them.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Folder of a run or of any saved causal language model.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Corpus, as in `train`; repeat for several. By default the test split of the run's own corpus."
+    ),
+]
+TextColumn = Annotated[str, typer.Option(help="Column of the text in JSONL, Parquet and hub data.")]
+Context = Annotated[
+    int | None, typer.Option(help="Most tokens the model sees at once; by default what it was made for.")
+]
+
+
+def _train(preset: str | None, resume: bool, **options: Any) -> None:
+    """Train a language model on real text, from a preset and options; end with figures and a sample.
+
+    Presets: PRESETS. Every setting of a preset can be replaced by its option.
+
+    [bold]million-experts train[/bold] trains the demo; [bold]--mlp-layer-types dense[/bold] trains the same
+    model without experts.
+    """
+    overrides = {name: value for name, value in options.items() if value not in (None, [])}
+    for name in ("peer", "dense"):
+        if name in overrides:
+            overrides[name] = _parse_arguments(name, overrides[name])
+    if kinds := overrides.get("mlp_layer_types"):
+        overrides["mlp_layer_types"] = kinds.split(",") if "," in kinds else kinds
+    with _user_errors():
+        from million_experts.lm.training import SETTINGS_FILE, train
+
+        run = Path(overrides.get("output_dir", ""))
+        if resume and preset is None and "output_dir" in overrides and (run / SETTINGS_FILE).exists():
+            settings = TrainSettings.load(run / SETTINGS_FILE)
+        else:
+            settings = load_preset(preset or "demo")
+        train(settings.with_overrides(overrides), resume=resume, console=console)
+
+
+def _train_command() -> Callable[..., None]:
+    """`_train` with an option for every field of `TrainSettings`, documented by the field."""
+    signature = {
+        "preset": Annotated[
+            str | None,
+            typer.Option(
+                help=f"One of {', '.join(preset_names())}, or a YAML file of settings; demo by default."
+            ),
+        ],
+        "resume": Annotated[
+            bool,
+            typer.Option(
+                "--resume",
+                help="Go on from the newest checkpoint in --output-dir; start there if there is none.",
+            ),
+        ],
+    }
+    defaults: dict[str, Any] = {"preset": None, "resume": False}
+    for name, field in TrainSettings.__dataclass_fields__.items():
+        kind = _option_type(FIELD_TYPES[name])
+        option = typer.Option(
+            help=field.metadata["help"], rich_help_panel=field.metadata["panel"], show_default=False
+        )
+        signature[name] = Annotated[kind | None, option]
+        defaults[name] = None
+
+    def command(**options: Any) -> None:
+        _train(**options)
+
+    command.__signature__ = python_inspect.Signature(  # type: ignore[attr-defined]
+        [
+            python_inspect.Parameter(
+                name, python_inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation
+            )
+            for name, annotation in signature.items()
+        ]
+    )
+    command.__annotations__ = signature
+    command.__doc__ = (_train.__doc__ or "").replace("PRESETS", ", ".join(preset_names()))
+    return command
+
+
+def _option_type(kind: Any) -> Any:
+    """What the command line reads for a field: lists and dicts are repeated options."""
+    parts = [part for part in typing.get_args(kind) or (kind,) if part is not type(None)]
+    if typing.get_origin(kind) in (list, dict):
+        return list[str]
+    return str if str in parts else parts[0]
+
+
+def _parse_arguments(name: str, pairs: list[str]) -> dict[str, Any]:
+    arguments = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"must be name=value, got {pair!r}", param_hint=f"--{name}")
+        arguments[key.strip().replace("-", "_")] = yaml.safe_load(value)
+    return arguments
+
+
+app.command("train")(_train_command())
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data = None,
+    text_column: TextColumn = "text",
+    context: Context = None,
+    batch_tokens: Annotated[int, typer.Option(help="Most tokens of a batch.")] = 8192,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")] = False,
+) -> None:
+    """Measure perplexity and bits per byte of a model on any text."""
+    with _user_errors():
+        from million_experts.lm.scoring import score_documents
+
+        language_model, tokenizer = _load(model)
+        stream, source = _stream(model, tokenizer, data, text_column)
+        with errors.status("scoring"):
+            score = score_documents(
+                language_model, stream, context=_context(language_model, context), batch_tokens=batch_tokens
+            )
+        figures = {
+            "data": source,
+            "tokens": score.tokens,
+            "bytes": score.bytes,
+            "loss": score.loss,
+            "perplexity": score.perplexity,
+            "bits_per_byte": score.bits_per_byte,
+        }
+        if json_output:
+            typer.echo(json.dumps(figures))
+            return
+        table = Table(show_header=False, box=None, padding=(0, 2))
+        table.add_row("text", f"{source}: {score.tokens:,} tokens, {score.bytes:,} bytes")
+        table.add_row("loss", f"{score.loss:.4f} nats per token")
+        table.add_row("perplexity", f"{score.perplexity:.2f} per token")
+        table.add_row("bits per byte", f"{score.bits_per_byte:.4f}")
+        console.print(table)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "The",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 120,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Above 1 more varied, below 1 safer; 0 always takes the likeliest.")
+    ] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from this share of probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Write text with a model."""
+    with _user_errors():
+        from million_experts.lm.training import write_sample
+
+        language_model, tokenizer = _load(model)
+        text = write_sample(language_model, tokenizer, prompt, max_new_tokens, seed, temperature, top_p)
+        typer.echo(text)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    data: Data = None,
+    text_column: TextColumn = "text",
+    context: Context = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="Where the PNG goes; by default expert_usage.png in the model's folder."),
+    ] = None,
+) -> None:
+    """Show how a model uses its experts: usage and unevenness as in the paper, by layer and head."""
+    with _user_errors():
+        from contextlib import ExitStack
+
+        from million_experts.layers import ExpertUsage
+        from million_experts.lm.callbacks import retrieval_layers
+        from million_experts.lm.figures import usage_figure
+        from million_experts.lm.scoring import score_documents
+
+        language_model, tokenizer = _load(model)
+        layers = retrieval_layers(language_model)
+        if not layers:
+            raise ValueError(f"model {model} has no PEER layer to inspect")
+        stream, source = _stream(model, tokenizer, data, text_column)
+        with ExitStack() as stack, errors.status("reading text"):
+            usages = {name: stack.enter_context(ExpertUsage(layer)) for name, layer in layers.items()}
+            score_documents(language_model, stream, context=_context(language_model, context))
+        table = Table(title=f"{source}: {len(stream):,} tokens", title_justify="left")
+        for column in ("layer", "head", "experts", "usage", "unevenness (nats)", "top share"):
+            table.add_column(column, justify="left" if column in ("layer", "head") else "right")
+        for name, usage in usages.items():
+            for head in [None, *range(usage.layer.num_heads)]:
+                figures = usage.figures(head)
+                table.add_row(
+                    name if head is None else "",
+                    "all" if head is None else str(head),
+                    f"{usage.layer.num_experts:,}" if head is None else "",
+                    f"{figures.usage:.2%}",
+                    f"{figures.unevenness:.3f}",
+                    f"{figures.top_share:.3%}",
+                    style="bold" if head is None else "",
+                )
+        console.print(table)
+        path = figure or Path(model) / "expert_usage.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        usage_figure(usages, f"Experts used on {source}", path)
+        console.print(f"Figure: {path}")
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Argument(help="Preset or folder of a model, to show its size and memory too.")
+    ] = None,
+) -> None:
+    """Show versions, the backends that run here and why others do not, and a model's size and memory."""
+    import platform
+
+    import torch
+
+    import million_experts
+    from million_experts.ops import available_backends, resolve_backend
+
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_row("million-experts", million_experts.__version__)
+    table.add_row("python", platform.python_version())
+    for package in ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy"):
+        table.add_row(package, _version(package))
+    table.add_row(
+        "processor", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    )
+    table.add_row("cuda", torch.cuda.get_device_name() if torch.cuda.is_available() else "not available")
+    for name, reason in available_backends().items():
+        chosen = " (auto takes it)" if name == resolve_backend("auto") else ""
+        table.add_row(f"backend {name}", f"runs{chosen}" if reason is None else f"does not run: {reason}")
+    console.print(table)
+    if model is not None:
+        with _user_errors():
+            _print_size(model)
+
+
+def _print_size(model: str) -> None:
+    from million_experts.models import PeerConfig, count_parameters, memory_estimate
+
+    if model in preset_names():
+        from million_experts.lm.training import model_config
+
+        settings = load_preset(model)
+        config = model_config(settings, settings.vocab_size)
+    else:
+        _require_folder(model)
+        config = PeerConfig.from_pretrained(model)
+    count, memory = count_parameters(config), memory_estimate(config)
+    table = Table(title=f"{model}: {count.label}", title_justify="left")
+    for column in ("", "parameters", "weights", "gradients", "AdamW state"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = {
+        "expert tables": (
+            count.tables,
+            memory.table_weights,
+            memory.table_gradients,
+            memory.table_optimizer,
+        ),
+        "everything else": (
+            count.total - count.tables,
+            memory.other_weights,
+            memory.other_gradients,
+            memory.other_optimizer,
+        ),
+    }
+    rows["total"] = tuple(sum(column) for column in zip(*rows.values(), strict=True))
+    for name, (parameters, *sizes) in rows.items():
+        table.add_row(name, f"{parameters:,}", *(f"{size / 1e6:,.1f} MB" for size in sizes))
+    table.add_row("active for a token", f"{count.active:,}")
+    console.print(table)
+
+
+def _load(model: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    _require_folder(model)
+    return AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+
+
+def _require_folder(model: str) -> None:
+    if not (Path(model) / "config.json").exists():
+        raise FileNotFoundError(
+            f"model must be a folder with a config.json, such as a finished run's, got {model!r}"
+        )
+
+
+def _stream(
+    model: str, tokenizer: "PreTrainedTokenizerBase", data: list[str] | None, text_column: str
+) -> "tuple[TokenStream, str]":
+    """Tokens of the corpora, or of the test split of the run in `model`, and what to call them."""
+    from million_experts.lm.training import SETTINGS_FILE, load_stream, load_test_stream
+
+    if data:
+        return load_stream(data, text_column, tokenizer), ", ".join(data)
+    settings = Path(model) / SETTINGS_FILE
+    if not settings.exists():
+        raise ValueError(f"data must be given: {model} is no run with a test split of its own")
+    return load_test_stream(TrainSettings.load(settings), tokenizer), "test split of the run"
+
+
+def _context(model: "PreTrainedModel", context: int | None) -> int:
+    if context is not None:
+        return context
+    return int(getattr(model.config, "max_position_embeddings", 1024))
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Errors that are the user's to mend are a line on stderr, not a traceback."""
+    from million_experts.ops.backends import BackendError
+
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, FloatingPointError, BackendError) as error:
+        _fail(str(error) or type(error).__name__, 1)
+    except KeyboardInterrupt as interrupt:
+        _fail(str(interrupt) or "interrupted", 130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    errors.print("[bold red]Error[/bold red]" if code == 1 else "[bold]Stopped[/bold]", end=" ")
+    errors.print(message, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,91 @@
+"""Figures of a run, as PNG files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from million_experts.layers import ExpertUsage
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BLUE, ORANGE, GREY = "#2a6fb0", "#d9772b", "#777777"
+
+
+def loss_figure(
+    history: Sequence[Mapping[str, Any]],
+    bits_per_nat: float,
+    yardsticks: Mapping[str, float],
+    title: str,
+    path: Path,
+) -> None:
+    """Training and validation loss over steps in bits per byte, with lines to compare with.
+
+    Args:
+        history: the trainer's log, with `step` and `loss` or `eval_loss` in nats per token.
+        bits_per_nat: factor from nats per token to bits per byte of the text.
+        yardsticks: label -> bits per byte, drawn as horizontal lines.
+        path: where the PNG goes.
+    """
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    train = [(row["step"], row["loss"] * bits_per_nat) for row in history if "loss" in row]
+    validation = [(row["step"], row["eval_loss"] * bits_per_nat) for row in history if "eval_loss" in row]
+    if train:
+        axes.plot(*zip(*train, strict=True), color=BLUE, alpha=0.55, lw=1, label="training")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color=ORANGE, marker="o", ms=4, label="validation")
+    for (label, value), style in zip(yardsticks.items(), ("--", ":", "-.", (0, (1, 4))), strict=False):
+        axes.axhline(value, color=GREY, ls=style, lw=1, label=f"{label}: {value:.3f}")
+    lowest = min([v for _, v in train + validation] + list(yardsticks.values()), default=0)
+    highest = max([v for _, v in validation] + list(yardsticks.values()), default=1)
+    axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.25 * (highest - lowest))
+    axes.set(xlabel="step", ylabel="bits per byte", title=title)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def usage_figure(usages: Mapping[str, ExpertUsage], title: str, path: Path) -> None:
+    """Share of the gate mass by expert, from the busiest to the idlest, a panel for each layer.
+
+    Args:
+        usages: label -> usage of a layer; heads are drawn thin, all heads together thick.
+        path: where the PNG goes.
+    """
+    figure, panels = plt.subplots(
+        1, len(usages), figsize=(max(6.4, 4.6 * len(usages)), 4.2), layout="constrained", squeeze=False
+    )
+    for axes, (name, usage) in zip(panels[0], usages.items(), strict=True):
+        for head in range(usage.layer.num_heads):
+            _rank_curve(axes, usage.shares(head).numpy(), color=BLUE, lw=0.6, alpha=0.4)
+        together = usage.shares().numpy()
+        figures = usage.figures()
+        _rank_curve(axes, together, color=ORANGE, lw=2, label="all heads")
+        axes.plot([], [], color=BLUE, lw=0.6, label="each head")
+        axes.axhline(1 / len(together), color=GREY, ls="--", lw=1, label="uniform")
+        axes.set(xscale="log", yscale="log", xlabel="expert, by rank", ylabel="share of the gate mass")
+        axes.set_ylim(bottom=max(1e-12, 1e-3 / len(together)))
+        axes.set_title(
+            f"{name}\n{len(together):,} experts, {figures.usage:.1%} used, "
+            f"unevenness {figures.unevenness:.2f} nats, top share {figures.top_share:.2%}",
+            fontsize=9,
+        )
+        axes.legend(frameon=False, loc="lower left")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def _rank_curve(axes: Any, shares: np.ndarray, **style: Any) -> None:
+    used = np.sort(shares[shares > 0])[::-1]
+    # Log-spaced ranks: a million points would make the picture no better.
+    ranks = np.unique(np.geomspace(1, len(used), 400).astype(int))
+    axes.plot(ranks, used[ranks - 1], **style)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=140)
+    plt.close(figure)

@@ -1,0 +1,262 @@
+"""Everything that `million-experts train` can be told, its documentation, and the presets."""
+
+import dataclasses
+import difflib
+import os
+import tempfile
+import typing
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any
+
+import yaml
+
+DEFAULT_CACHE = "~/.cache/million-experts"
+PRECISIONS = ("auto", "float32", "bfloat16")
+_PRESETS = files("million_experts.lm") / "presets"
+
+# May differ between a run and its resumption: they say where things go and how often, not what is learnt.
+FREE_ON_RESUME = frozenset(
+    {"output_dir", "cache_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to"}
+)
+
+
+def _option(default: Any, panel: str, help: str) -> Any:
+    metadata = {"panel": panel, "help": help}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainSettings:
+    """Settings of one training run; field by field the options of `million-experts train`.
+
+    The fields' metadata hold their documentation. Names are those of transformers where it has one.
+    """
+
+    data: list[str] = _option(
+        ["wikipedia-leads"],
+        "Data",
+        "Corpus: wikipedia-leads, state-of-the-union, a file, folder or glob of .txt, .jsonl or .parquet, "
+        "or hub:owner/name[:config]. Repeat for several.",
+    )
+    text_column: str = _option("text", "Data", "Column of the text in JSONL, Parquet and hub data.")
+    max_documents: int | None = _option(None, "Data", "Use only the first so many documents of each corpus.")
+    validation_share: float = _option(0.05, "Data", "Share of the documents held out for validation.")
+    test_share: float = _option(0.05, "Data", "Share of the documents held out for the final test.")
+    vocab_size: int = _option(4096, "Data", "Tokens of the byte-level BPE trained on the training split.")
+    context: int = _option(256, "Data", "Tokens of a training sequence.")
+    document_mask: bool = _option(
+        True, "Data", "Keep attention and positions within a document; without it the text is one stream."
+    )
+
+    hidden_size: int = _option(256, "Model", "Width D of the residual stream.")
+    num_hidden_layers: int = _option(4, "Model", "Blocks of attention and feed-forward.")
+    num_attention_heads: int = _option(4, "Model", "Query heads of the attention.")
+    num_key_value_heads: int | None = _option(None, "Model", "Key and value heads; as many as query heads.")
+    mlp_layer_types: str | list[str] | None = _option(
+        None,
+        "Model",
+        "Feed-forward of the blocks: one kind for all (dense, peer) or one for each, with commas. "
+        "By default peer in the middle block and dense in the others, as in the paper.",
+    )
+    peer: dict[str, Any] = _option(
+        {}, "Model", "Argument of the PEER layers as name=value, e.g. num_experts=262144. Repeat for several."
+    )
+    dense: dict[str, Any] = _option(
+        {}, "Model", "Argument of the dense layers as name=value, e.g. width=1024. Repeat for several."
+    )
+    tie_word_embeddings: bool = _option(True, "Model", "Let the output layer be the embedding table.")
+    attention_dropout: float = _option(0.0, "Model", "Probability of dropping an attention weight.")
+
+    steps: int = _option(1000, "Training", "Optimiser steps.")
+    batch_size: int = _option(16, "Training", "Sequences in a micro-batch on one device.")
+    gradient_accumulation_steps: int = _option(1, "Training", "Micro-batches in a step.")
+    learning_rate: float = _option(2e-3, "Training", "Peak learning rate of everything but expert tables.")
+    table_learning_rate: float | None = _option(
+        None, "Training", "Peak learning rate of the expert tables; by default 4 x learning_rate."
+    )
+    weight_decay: float = _option(0.1, "Training", "Weight decay of matrices other than expert tables.")
+    table_weight_decay: float = _option(0.0, "Training", "Weight decay of the expert tables.")
+    adam_beta1: float = _option(0.9, "Training", "AdamW's decay of the first moment.")
+    adam_beta2: float = _option(0.95, "Training", "AdamW's decay of the second moment.")
+    lr_scheduler_type: str = _option("cosine", "Training", "A schedule of transformers, e.g. linear.")
+    warmup_steps: float = _option(0.05, "Training", "Warm-up steps, or below 1 their share of all steps.")
+    max_grad_norm: float = _option(1.0, "Training", "Clip the gradient's norm to this; 0 for no clipping.")
+    precision: str = _option(
+        "auto",
+        "Training",
+        "auto, float32 or bfloat16 (autocast: weights and sums stay float32). auto takes bfloat16 where the "
+        "processor multiplies in it.",
+    )
+    gradient_checkpointing: bool = _option(False, "Training", "Recompute activations to save memory.")
+    torch_compile: bool = _option(False, "Training", "Compile the model; needs a C++ compiler.")
+    seed: int = _option(0, "Training", "Seed of the split, the weights and the order of the data.")
+
+    output_dir: str | None = _option(None, "Output", "Folder of the run; by default runs/PRESET.")
+    cache_dir: str = _option(DEFAULT_CACHE, "Output", "Folder of tokenised text.")
+    logging_steps: int = _option(10, "Output", "Steps between two logged losses.")
+    eval_steps: int = _option(250, "Output", "Steps between two evaluations on the validation split.")
+    save_steps: int = _option(250, "Output", "Steps between two checkpoints.")
+    save_total_limit: int = _option(2, "Output", "Newest checkpoints to keep.")
+    report_to: list[str] = _option(
+        ["tensorboard"],
+        "Output",
+        "Where metrics go, as in transformers (none for nowhere). Repeat for several.",
+    )
+    prompt: str = _option("The", "Output", "Beginning of the sample that the trained model writes.")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = _coerce(getattr(self, f.name), FIELD_TYPES[f.name])
+            if not _fits(value, FIELD_TYPES[f.name]):
+                raise ValueError(f"{f.name} must be {describe_type(FIELD_TYPES[f.name])}, got {value!r}")
+            setattr(self, f.name, value)
+        for name in ("vocab_size", "context", "steps", "batch_size", "gradient_accumulation_steps"):
+            _at_least(name, getattr(self, name), 2 if name == "context" else 1)
+        for name in ("logging_steps", "eval_steps", "save_steps", "save_total_limit"):
+            _at_least(name, getattr(self, name), 1)
+        if self.max_documents is not None:
+            _at_least("max_documents", self.max_documents, 3)
+        for name in ("weight_decay", "table_weight_decay", "warmup_steps", "max_grad_norm", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("learning_rate", "table_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        return self.batch_size * self.context
+
+    def save(self, path: Path) -> None:
+        """Writes the settings as YAML, whole or not at all."""
+        write_whole(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainSettings":
+        """Reads what `save` wrote, or any YAML file of settings."""
+        return cls.from_dict(_read_yaml(path), str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> "TrainSettings":
+        """Settings from a dict; `source` names it in errors.
+
+        Raises:
+            ValueError: a field that does not exist, or a value that does not fit.
+        """
+        for name in values:
+            if name not in FIELD_TYPES:
+                close = difflib.get_close_matches(str(name), FIELD_TYPES, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"{source} has an unknown setting {name!r}{hint}")
+        return cls(**values)
+
+    def with_overrides(self, overrides: dict[str, Any]) -> "TrainSettings":
+        """The settings with some replaced; the dicts of feed-forward arguments are merged."""
+        merged: dict[str, Any] = {
+            name: {**getattr(self, name), **value} if isinstance(value, dict) else value
+            for name, value in overrides.items()
+        }
+        return dataclasses.replace(self, **merged)
+
+    def differences(self, other: "TrainSettings") -> list[str]:
+        """Lines "name: this, not other" for what may not change when a run is resumed."""
+        return [
+            f"{f.name}: {getattr(self, f.name)!r}, not {getattr(other, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if f.name not in FREE_ON_RESUME and getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+
+FIELD_TYPES: dict[str, Any] = typing.get_type_hints(TrainSettings)
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(Path(entry.name).stem for entry in _PRESETS.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> TrainSettings:
+    """Settings of a preset that comes with the package, or of a YAML file.
+
+    Raises:
+        ValueError: neither a preset's name nor a file that exists; the presets are named.
+    """
+    if name in preset_names():
+        settings = TrainSettings.from_dict(yaml.safe_load((_PRESETS / f"{name}.yaml").read_text()), name)
+    elif Path(name).is_file():
+        settings = TrainSettings.load(Path(name))
+    else:
+        raise ValueError(f"preset must be one of {', '.join(preset_names())} or a YAML file, got {name!r}")
+    if settings.output_dir is None:
+        settings.output_dir = str(Path("runs") / Path(name).stem)
+    return settings
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file so that its name never stands for half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def describe_type(kind: Any) -> str:
+    """A type in words for an error message."""
+    if isinstance(kind, UnionType):
+        return " or ".join(describe_type(part) for part in typing.get_args(kind))
+    return "nothing" if kind is NoneType else str(getattr(kind, "__name__", kind))
+
+
+def _coerce(value: Any, kind: Any) -> Any:
+    # YAML 1.1 reads "1e-3" as text, and a whole number where a fraction is meant as an int.
+    if (
+        float in (kind, *typing.get_args(kind))
+        and isinstance(value, int | str)
+        and not isinstance(value, bool)
+    ):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_fits(value, part) for part in typing.get_args(kind))
+    origin = typing.get_origin(kind) or kind
+    if origin is list:
+        return isinstance(value, list) and all(isinstance(v, str) for v in value)
+    if origin in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, origin)
+
+
+def _at_least(name: str, value: float, minimum: int) -> None:
+    if not value >= minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a YAML file of settings: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold settings as name: value, got {type(values).__name__}")
+    return values

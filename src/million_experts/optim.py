@@ -1,0 +1,36 @@
+"""Parameter groups for models with expert tables."""
+
+from typing import Any
+
+from torch import nn
+
+from million_experts.layers import PEER
+
+
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    table_learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+    table_weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Groups for any `torch.optim.Optimizer`: expert tables, other matrices, and vectors.
+
+    A row of an expert table learns only from the tokens that retrieve it, so tables want a learning rate of
+    their own (by default `learning_rate`) and their own weight decay. Biases and norms are not decayed.
+    Parameters that need no gradient are left out; a group that would be empty is, too.
+    """
+    tables = {id(module.experts) for module in model.modules() if isinstance(module, PEER)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if id(p) not in tables and p.dim() > 1]
+    vectors = [p for p in trained if id(p) not in tables and p.dim() <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
+        {
+            "params": [p for p in trained if id(p) in tables],
+            "lr": learning_rate if table_learning_rate is None else table_learning_rate,
+            "weight_decay": table_weight_decay,
+        },
+    ]
+    return [group for group in groups if group["params"]]
