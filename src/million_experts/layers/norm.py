@@ -23,8 +23,8 @@ class MaskedBatchNorm(nn.Module):
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.weight = nn.Parameter(torch.empty(num_features))
         self.bias = nn.Parameter(torch.empty(num_features))
-        self.register_buffer("running_mean", torch.empty(num_features))
-        self.register_buffer("running_var", torch.empty(num_features))
+        self.register_buffer("running_mean", torch.empty(num_features, dtype=torch.float32))
+        self.register_buffer("running_var", torch.empty(num_features, dtype=torch.float32))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.reset_parameters()
 

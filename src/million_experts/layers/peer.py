@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import OrderedDict
 from typing import Literal, overload
 
 import torch
@@ -113,7 +114,7 @@ class PEER(ProductKeyRetrieval):
     def _measure_output_std(self) -> Tensor:
         """Standard deviation of the output for normal tokens, in training mode; leaves no trace."""
         probe = copy.copy(self)  # shares parameters and buffers, not the mode or the hooks
-        probe._routing_hooks = {}
+        probe._routing_hooks = OrderedDict()
         probe._modules = {name: copy.copy(module) for name, module in self._modules.items()}
         probe.train()
         K = self.num_heads * self.experts_per_head

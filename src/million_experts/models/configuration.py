@@ -1,0 +1,186 @@
+"""`PeerConfig`: the configuration of a decoder whose feed-forwards may be PEER layers."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any, cast
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from .feed_forwards import FEED_FORWARDS, check_feed_forward, complete_arguments
+from .registration import register_models
+
+__all__ = ["PeerConfig"]
+
+
+@strict
+class PeerConfig(PreTrainedConfig):
+    """Configuration of `PeerModel` and `PeerForCausalLM`.
+
+    Attention, norms and rotary embeddings are Llama's and so are the names of their settings. The
+    feed-forward of each layer is chosen by `mlp_layer_types` and set up by one dict for each kind in use:
+
+        PeerConfig(hidden_size=256, num_hidden_layers=3, num_attention_heads=4,
+                   mlp_layer_types=["dense", "peer", "dense"],
+                   peer=dict(num_experts=128**2), dense=dict(width=1024))
+
+    Args:
+        vocab_size: number of tokens in the vocabulary.
+        hidden_size: width D of the residual stream; a multiple of `num_attention_heads`.
+        num_hidden_layers: number of blocks, each of one attention and one feed-forward.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key and value heads; None means `num_attention_heads`.
+        head_dim: width of an attention head; None means `hidden_size // num_attention_heads`.
+        max_position_embeddings: longest sequence, in tokens.
+        rope_parameters: rotary embeddings in transformers' form, e.g.
+            `{"rope_type": "default", "rope_theta": 10000.0}`.
+        rms_norm_eps: epsilon of the RMS norms.
+        attention_dropout: probability of dropping an attention weight in training.
+        attention_bias: whether the attention's projections have a bias.
+        initializer_range: standard deviation of embeddings and linear layers at the start. The output
+            projections of attention get it divided by sqrt(2 * num_hidden_layers). Feed-forwards
+            initialise themselves; the output of a dense one is divided by the same root.
+        tie_word_embeddings: whether the output layer is the embedding table.
+        use_cache: whether the forward pass returns keys and values for generation.
+        output_routing: whether the forward pass returns the routing of each PEER layer.
+        mlp_layer_types: the kind of each layer's feed-forward, or one kind for all layers. None follows
+            the paper: `"peer"` in the middle block, which is block `num_hidden_layers // 2` counted
+            from 0, and `"dense"` in the others.
+        peer: arguments of `million_experts.layers.PEER`, all but `dim`.
+        dense: arguments of `million_experts.layers.DenseFeedForward`, all but `dim`.
+
+    The dicts are completed with the layers' defaults when their kind is in use, so that a stored
+    configuration says everything. `from_pretrained(path, peer={...})` changes only the arguments named.
+
+    Raises:
+        ValueError: if a kind or an argument does not exist, has an impossible value, or if
+            `mlp_layer_types` has not one entry per layer.
+    """
+
+    model_type = "peer"
+    keys_to_ignore_at_inference = ["past_key_values", "routing"]  # noqa: RUF012 (not a field)
+    default_theta = 10000.0
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rope_parameters: RopeParameters | dict | None = None
+    rms_norm_eps: float = 1e-6
+    attention_dropout: float | int = 0.0
+    attention_bias: bool = False
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    output_routing: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    mlp_layer_types: str | list[str] | tuple[str, ...] | None = None
+    peer: dict[str, Any] | None = None
+    dense: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        _refuse_misplaced(kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
+        if self.rope_parameters is not None:
+            self.rope_parameters = dict(self.rope_parameters)  # transformers completes it in place
+
+        layers = self.num_hidden_layers
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["peer" if i == layers // 2 else "dense" for i in range(layers)]
+        elif isinstance(self.mlp_layer_types, str):
+            self.mlp_layer_types = [self.mlp_layer_types] * layers
+        else:
+            self.mlp_layer_types = list(self.mlp_layer_types)
+        for kind in FEED_FORWARDS:
+            if kind in self.mlp_layer_types or getattr(self, kind) is not None:
+                setattr(self, kind, complete_arguments(kind, getattr(self, kind)))
+
+        super().__post_init__(**kwargs)
+        # `strict` wraps what validators raise in an error that is no ValueError: run them before it does.
+        self.validate_architecture()
+        self.validate_layer_type()
+        register_models()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # An unpickled configuration never ran `__post_init__` in this process.
+        self.__dict__.update(state)
+        register_models()
+
+    def validate_architecture(self) -> None:
+        """Raise ValueError if the attention's sizes do not fit together."""
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        heads = self.num_attention_heads
+        head_dim = self.head_dim or self.hidden_size // heads
+        if head_dim == self.hidden_size // heads and self.hidden_size % heads != 0:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads ({heads})."
+            )
+        if head_dim < 1 or head_dim % 2 != 0:
+            raise ValueError(f"head_dim ({head_dim}) must be even: rotary embeddings turn pairs.")
+        groups = self.num_key_value_heads or heads
+        if groups < 1 or heads % groups != 0:
+            raise ValueError(
+                f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups})."
+            )
+
+    def validate_layer_type(self) -> None:
+        """Raise ValueError if `mlp_layer_types` or the arguments of a kind are wrong.
+
+        Replaces transformers' check of the same name, which knows other kinds than ours.
+        """
+        kinds = cast("list[str]", self.mlp_layer_types)
+        if len(kinds) != self.num_hidden_layers:
+            raise ValueError(
+                f"mlp_layer_types has {len(kinds)} entries for num_hidden_layers={self.num_hidden_layers}: "
+                "give one for each layer, or one string for all."
+            )
+        for kind in kinds:
+            if kind not in FEED_FORWARDS:
+                close = difflib.get_close_matches(str(kind), FEED_FORWARDS, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise ValueError(
+                    f"mlp_layer_types has no kind {kind!r}.{hint} "
+                    f"Allowed: {', '.join(sorted(FEED_FORWARDS))}."
+                )
+        for kind in FEED_FORWARDS:
+            if getattr(self, kind) is not None:
+                check_feed_forward(kind, self.hidden_size, getattr(self, kind))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration in `config_dict`, changed by `kwargs`.
+
+        A dict for a kind of feed-forward is merged into the stored one; transformers would put it in the
+        stored one's place. Changes are made before the configuration is checked, not after.
+        """
+        config_dict = dict(config_dict)
+        own = {f.name for f in fields(cls)} - {f.name for f in fields(PreTrainedConfig)}
+        for name in own & kwargs.keys():
+            value = kwargs.pop(name)
+            if name in FEED_FORWARDS and isinstance(value, dict):
+                value = {**(config_dict.get(name) or {}), **value}
+            config_dict[name] = value
+        return super().from_dict(config_dict, **kwargs)
+
+
+def _refuse_misplaced(kwargs: dict[str, Any]) -> None:
+    # transformers keeps unknown settings as attributes: `PeerConfig(num_experts=...)` would do nothing.
+    for name in kwargs:
+        for kind, spec in FEED_FORWARDS.items():
+            if name in spec.arguments:
+                raise ValueError(
+                    f"{name!r} is an argument of the {kind!r} layers: give {kind}=dict({name}=...)."
+                )

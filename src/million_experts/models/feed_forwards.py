@@ -1,0 +1,91 @@
+"""The kinds of feed-forward layer that a decoder can hold, and how their arguments are checked."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from million_experts.layers import PEER, DenseFeedForward
+
+__all__ = ["FEED_FORWARDS", "FeedForwardKind", "build_feed_forward", "complete_arguments"]
+
+# Set by the model (`dim`) or by the context in which it is built, never by a configuration.
+_NOT_CONFIGURED = {"self", "dim", "device", "dtype"}
+
+
+@dataclass(frozen=True)
+class FeedForwardKind:
+    """One kind of feed-forward: its class, and the arguments that a model sets unless told otherwise.
+
+    `layer(dim, **arguments)` builds it. If its `forward` has the parameters `mask` and `return_routing`
+    it gets the mask of the real tokens, and its routing can be returned.
+    """
+
+    layer: type[nn.Module]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Every argument that a configuration may set, with its default."""
+        parameters = inspect.signature(self.layer).parameters.values()
+        own = {p.name: p.default for p in parameters if p.name not in _NOT_CONFIGURED}
+        return {**own, **self.defaults}
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the layer chooses experts: it then takes a mask and can return its routing."""
+        return {"mask", "return_routing"} <= inspect.signature(self.layer.forward).parameters.keys()
+
+
+# A new kind needs an entry here and a field of the same name in PeerConfig.
+FEED_FORWARDS: dict[str, FeedForwardKind] = {
+    "dense": FeedForwardKind(DenseFeedForward),
+    "peer": FeedForwardKind(PEER),
+}
+
+
+def complete_arguments(kind: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments of a kind of layer: those given, and the defaults of the others.
+
+    All are written out so that a stored configuration keeps its meaning when a default changes.
+    Lists become tuples: JSON knows no tuples, and `num_experts=(64, 32)` has to come back the same.
+
+    Raises:
+        ValueError: if an argument does not exist; the message names the ones that do, and the closest.
+    """
+    allowed = FEED_FORWARDS[kind].arguments
+    given = dict(given or {})
+    for name in given:
+        if name not in allowed:
+            close = difflib.get_close_matches(str(name), allowed, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"{kind}: {FEED_FORWARDS[kind].layer.__name__} has no argument {name!r}.{hint} "
+                f"Allowed: {', '.join(sorted(allowed))}."
+            )
+    return {name: _tuples(value) for name, value in {**allowed, **given}.items()}
+
+
+def build_feed_forward(kind: str, dim: int, arguments: Mapping[str, Any]) -> nn.Module:
+    """A feed-forward of the given kind for tokens of width `dim`."""
+    return FEED_FORWARDS[kind].layer(dim, **complete_arguments(kind, arguments))
+
+
+def check_feed_forward(kind: str, dim: int, arguments: Mapping[str, Any]) -> None:
+    """Raise the layer's own errors about its arguments' values, without allocating its parameters.
+
+    The backend is left out: a configuration may be read on a machine that cannot run it.
+    """
+    arguments = {name: value for name, value in arguments.items() if name != "backend"}
+    with torch.device("meta"):
+        build_feed_forward(kind, dim, arguments)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

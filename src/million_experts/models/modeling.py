@@ -1,0 +1,376 @@
+"""`PeerModel` and `PeerForCausalLM`: a Llama decoder whose feed-forwards may be PEER layers.
+
+Attention, norms, rotary embeddings, masks, caches, generation and the loss are transformers' own; only
+the feed-forwards are ours. Their words are the paper's: an expert *down*-projects the token to one number
+and *up*-projects that number back, the other way round from Llama's `up_proj` and `down_proj`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from million_experts.layers import DenseFeedForward, Routing
+
+from .configuration import PeerConfig
+from .counting import describe
+from .feed_forwards import FEED_FORWARDS, build_feed_forward
+
+__all__ = ["PeerCausalLMOutput", "PeerForCausalLM", "PeerModel", "PeerModelOutput", "PeerPreTrainedModel"]
+
+
+@dataclass
+class PeerModelOutput(BaseModelOutputWithPast):
+    """What `PeerModel` returns.
+
+    `routing`, if asked for, has one `Routing` for each PEER layer, in order: its `indices`, `gates` and
+    `scores` are [batch, sequence, heads, experts per head].
+    """
+
+    routing: tuple[Routing, ...] | None = None
+
+
+@dataclass
+class PeerCausalLMOutput(CausalLMOutputWithPast):
+    """What `PeerForCausalLM` returns; `routing` as in `PeerModelOutput`."""
+
+    routing: tuple[Routing, ...] | None = None
+
+
+class PeerRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's, whose frequencies stay float32 when the model is cast.
+
+    In bfloat16 a frequency is off by up to 1 part in 512: by 4 radians at position 2048.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PeerRotaryEmbedding:
+        before = self.inv_freq, self.original_inv_freq
+        super()._apply(fn, recurse)
+        for name, old in zip(("inv_freq", "original_inv_freq"), before, strict=True):
+            new = getattr(self, name)
+            if new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        return self
+
+
+class PeerDecoderLayer(GradientCheckpointingLayer):
+    """One block: attention and a feed-forward of the configured kind, each with a norm before it."""
+
+    def __init__(self, config: PeerConfig, layer_idx: int) -> None:
+        super().__init__()
+        kind = cast("list[str]", config.mlp_layer_types)[layer_idx]
+        self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)  # type: ignore[arg-type]
+        self.mlp = build_feed_forward(kind, config.hidden_size, getattr(config, kind))
+        self.mlp_is_routed = FEED_FORWARDS[kind].is_routed
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+        # Keeps the sum of 2L residual updates as large as one. PEER is not scaled: its `init_std` says how
+        # large its output is to be.
+        scale = (2 * config.num_hidden_layers) ** -0.5
+        self.self_attn.o_proj.initializer_std = config.initializer_range * scale
+        if isinstance(self.mlp, DenseFeedForward):
+            self.mlp.up.initializer_scale = scale
+        _leave_initialisation_to(self.mlp)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        output_routing: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """The block's output [batch, sequence, D].
+
+        If `output_routing` and the feed-forward is routed: (output, indices, gates, scores). They are not
+        packed into a `Routing` here, since reentrant checkpointing sees no gradient in nested tuples.
+        """
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        if not self.mlp_is_routed:
+            return hidden_states + self.mlp(normed)
+        if not output_routing:
+            return hidden_states + self.mlp(normed, mask=token_mask)
+        update, routing = self.mlp(normed, mask=token_mask, return_routing=True)
+        return hidden_states + update, *routing
+
+
+class PeerPreTrainedModel(PreTrainedModel):
+    """What the models have in common: initialisation, and what transformers may do with them."""
+
+    config: PeerConfig
+    config_class = PeerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PeerDecoderLayer"]  # noqa: RUF012 (transformers' form)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": PeerDecoderLayer,
+        "attentions": LlamaAttention,
+    }
+    # Statistics averaged over thousands of steps: bfloat16 would not register a step's change.
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
+        "query_norm.running_mean",
+        "query_norm.running_var",
+    ]
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For classes outside its own tree, transformers passes over a module whose own tensors are all
+        # loaded. A feed-forward also has to hear of its children's, whose initialisation it derives.
+        super()._initialize_weights(module, is_custom_code and not _is_feed_forward(module))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = getattr(module, "initializer_std", None)
+        if _is_feed_forward(module):
+            _initialise_missing(module)
+        elif isinstance(module, nn.Linear) and std is not None:
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+
+class PeerModel(PeerPreTrainedModel):
+    """The decoder without its output layer."""
+
+    def __init__(self, config: PeerConfig) -> None:
+        super().__init__(config)
+        config.validate_layer_type()  # its dicts may have been changed since it was made
+        self.vocab_size = config.vocab_size
+        # No padding_idx: it would keep the embedding of an end-of-text token that also pads at zero.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(PeerDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = PeerRotaryEmbedding(config=config)  # type: ignore[arg-type]
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_routing: bool | None = None,
+        **kwargs: Any,
+    ) -> PeerModelOutput:
+        """Hidden states of a batch of sequences.
+
+        Args:
+            input_ids: [batch, sequence] token ids; or `inputs_embeds`.
+            attention_mask: [batch, past + sequence], nonzero for a real token. Padded tokens are not
+                attended to and enter no statistic of a PEER layer. A mask with four dimensions goes to the
+                attention as it is, and all tokens count as real.
+            position_ids: [batch, sequence]. Where they restart within a row, and `attention_mask` and
+                `past_key_values` are None, documents packed into the row do not attend to one another.
+            past_key_values: cache of earlier tokens' keys and values.
+            inputs_embeds: [batch, sequence, D] instead of `input_ids`.
+            use_cache: whether to return a cache; by default as configured.
+            output_routing: whether to return the routing of each PEER layer; by default as configured.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and what the attention takes.
+
+        Raises:
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if output_routing is None:
+            output_routing = self.config.output_routing
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        # Packed documents are looked for only where a caller gave positions and no cache. A cache made
+        # below, empty and by default there in training too, must not switch the search off.
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past
+            position_ids = position_ids.unsqueeze(0)
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        token_mask = _token_mask(attention_mask, inputs_embeds)
+        routing: list[Routing] = []
+        for layer in self.layers:
+            outputs = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                token_mask=token_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                output_routing=output_routing,
+                **kwargs,
+            )
+            if isinstance(outputs, tuple):
+                hidden_states = outputs[0]
+                routing.append(Routing(*outputs[1:]))
+            else:
+                hidden_states = outputs
+
+        return PeerModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            routing=tuple(routing) if output_routing else None,
+        )
+
+
+class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
+    """The decoder with an output layer that predicts the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: PeerConfig) -> None:
+        super().__init__(config)
+        self.model = PeerModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_routing: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> PeerCausalLMOutput:
+        """Logits [batch, sequence, vocabulary] for the next token, and the loss if `labels` are given.
+
+        Args:
+            labels: [batch, sequence] token ids, not shifted; -100 where no loss is wanted. The loss is the
+                mean over the labels, in nats per token.
+            logits_to_keep: compute logits for that many last positions only (0: for all), or for the
+                positions in a tensor.
+            kwargs: also `num_items_in_batch`: the loss is then the labels' sum over it, so that the losses
+                of accumulated micro-batches add up to the large batch's.
+
+        The other arguments are those of `PeerModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_routing=output_routing,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return PeerCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            routing=outputs.routing,
+        )
+
+    def __repr__(self) -> str:
+        return f"{describe(self)}\n{super().__repr__()}"
+
+
+def _token_mask(attention_mask: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
+    """[batch, sequence] bool, True for a real token. With a cache the current tokens come last."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -inputs_embeds.shape[1] :].to(inputs_embeds.device).bool()
+
+
+def _is_feed_forward(module: nn.Module) -> bool:
+    return isinstance(module, tuple(spec.layer for spec in FEED_FORWARDS.values()))
+
+
+def _leave_initialisation_to(feed_forward: Any) -> None:
+    """Keep transformers' initialisation off a feed-forward, which derives its own.
+
+    The layer has drawn its weights already when it was built on a real device. On the meta device it has
+    not: it is asked again if a checkpoint lacks some of them (see `_initialise_missing`).
+    """
+    for child in feed_forward.modules():
+        child._is_hf_initialized = True
+    if any(parameter.is_meta for parameter in feed_forward.parameters()):
+        feed_forward._is_hf_initialized = False
+    else:
+        _scale_output(feed_forward)
+
+
+@torch.no_grad()
+def _scale_output(feed_forward: Any) -> None:
+    for child in feed_forward.children():
+        if hasattr(child, "initializer_scale"):
+            child.weight.mul_(child.initializer_scale)
+
+
+def _initialise_missing(feed_forward: Any) -> None:
+    """Draw those tensors of a feed-forward that were not loaded; transformers marks the ones that were."""
+    tensors = [*feed_forward.parameters(), *feed_forward.buffers()]
+    loaded = [t for t in tensors if getattr(t, "_is_hf_initialized", False)]
+    if len(loaded) == len(tensors):
+        return
+    kept = [t.clone() for t in loaded]
+    feed_forward.reset_parameters()
+    _scale_output(feed_forward)
+    for tensor, value in zip(loaded, kept, strict=True):
+        tensor.copy_(value)
