@@ -53,17 +53,20 @@ class MaskedBatchNorm(nn.Module):
     ) -> Float[Tensor, "T C"]:
         """Normalises x [T, C] by the statistics of its real tokens (training) or the running ones (eval).
 
-        Returns float32, or float64 where x is float64. `mask` [T] is True where a token is real. In
-        training the running statistics are updated once a step: not again when gradient checkpointing
-        repeats a forward pass during backward.
+        Returns float32, or float64 where x is float64. `mask` [T] is True where a token is real; what the
+        others hold does not matter, and what is returned for them means nothing. In training the running
+        statistics are updated once a step: not again when gradient checkpointing repeats a forward pass
+        during backward.
 
         Raises:
             ValueError: fewer than two real tokens in training (none at all in an empty batch is fine).
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if mask is not None:
+            x = torch.where(mask[:, None], x, 0)  # NaN there would reach the gradient of the weight
         if not self.training:
             mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
-        elif len(x) == 0:
+        elif x.shape[0] == 0:
             mean, var = x.new_zeros(self.num_features), x.new_ones(self.num_features)
         else:
             mean, var, count = self._statistics(x, mask)
@@ -74,8 +77,8 @@ class MaskedBatchNorm(nn.Module):
 
     def _statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if mask is None:
-            count = torch.full((), len(x), dtype=x.dtype, device=x.device)
-            enough = len(x) > 1
+            count = torch.full((), x.shape[0], dtype=x.dtype, device=x.device)
+            enough = x.shape[0] > 1
         else:
             count = mask.sum().to(x.dtype)
             if torch.compiler.is_compiling():
@@ -83,10 +86,10 @@ class MaskedBatchNorm(nn.Module):
                 enough = True
             else:
                 enough = bool(count > 1)
-            x = torch.where(mask[:, None], x, 0)
         if not enough:
             raise ValueError(
-                f"{_TOO_FEW}, got {int(count)} of {len(x)}; eval mode or query_norm='layer' take any number"
+                f"{_TOO_FEW}, got {int(count)} of {x.shape[0]}; "
+                "eval mode or query_norm='layer' take any number"
             )
         mean = x.sum(0) / count
         centred = x - mean

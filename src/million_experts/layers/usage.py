@@ -1,5 +1,6 @@
 """How evenly a layer uses its experts, as the paper measures it."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -75,5 +76,5 @@ class ExpertUsage:
     def figures(self, head: int | None = None) -> UsageFigures:
         """Usage, unevenness and top share of all heads together, or of one head."""
         shares = self.shares(head)
-        kl = torch.log(torch.tensor(float(len(shares)))) + torch.special.xlogy(shares, shares).sum()
+        kl = math.log(len(shares)) + torch.special.xlogy(shares, shares).sum()
         return UsageFigures((shares > 0).double().mean().item(), kl.item(), shares.max().item())

@@ -47,7 +47,7 @@ def product_key_topk(
     _check_floating(query=query, keys1=keys1, keys2=keys2)
     heads, width = query.shape[1], query.shape[3]
     for name, keys in (("keys1", keys1), ("keys2", keys2)):
-        if keys.dim() not in (2, 3) or keys.shape[-1] != width or (keys.dim() == 3 and len(keys) != heads):
+        if keys.dim() not in (2, 3) or keys.shape[-1] != width or keys.shape[:-2] not in ((), (heads,)):
             raise ValueError(
                 f"{name} must have shape [n, {width}] or [{heads}, n, {width}] to fit query "
                 f"{list(query.shape)}, got {list(keys.shape)}"
@@ -107,7 +107,7 @@ def expert_mlp(
     tokens, dim = x.shape
     if experts.dim() != 3 or experts.shape[1] not in (2, 3) or experts.shape[2] != dim:
         raise ValueError(f"experts must have shape [N, 2 or 3, {dim}] to fit x, got {list(experts.shape)}")
-    if indices.dim() != 2 or len(indices) != tokens:
+    if indices.dim() != 2 or indices.shape[0] != tokens:
         raise ValueError(f"indices must have shape [{tokens}, K] to fit x, got {list(indices.shape)}")
     if indices.dtype != torch.int64:
         raise ValueError(f"indices must be int64, got {indices.dtype}")

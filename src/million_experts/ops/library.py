@@ -15,8 +15,21 @@ _LIBRARY = torch.library.Library("million_experts", "DEF")
 
 def _define(name: str, schema: str, kernel, fake) -> None:
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"million_experts::{name}", fake, lib=_LIBRARY)
+
+
+def _without_autocast(kernel):
+    """Inside an operation autocast would narrow the sums that are promised in float32."""
+
+    def run(first: Tensor, *others):
+        device = first.device.type
+        if not torch.is_autocast_enabled(device):
+            return kernel(first, *others)
+        with torch.autocast(device, enabled=False):
+            return kernel(first, *others)
+
+    return run
 
 
 def _refuse_double_backward(name: str) -> None:
