@@ -1,0 +1,137 @@
+"""What README and docs tell people to type is run: Python blocks, commands, and the examples."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from million_experts.cli import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/guide.md")
+# Commands that train a model of full size, or speak of the reader's own files.
+SLOW = ("million-experts train", "million-experts train --preset demo")
+TINY = (
+    "--steps 2 --batch-size 2 --context 32 --vocab-size 300 --hidden-size 16 --num-attention-heads 2 "
+    "--peer key_dim=16 --peer num_heads=2 --max-documents 60 --eval-steps 2 --save-steps 2"
+).split()
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    lines = [line for page in PAGES for block in blocks(page, "console") for line in block.splitlines()]
+    return [line.split("#")[0].strip() for line in lines if line.strip()]
+
+
+def run(arguments: list[str]) -> str:
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which `runs/demo` is a finished, tiny run."""
+    folder = tmp_path_factory.mktemp("reader")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        run(["train", *TINY, "--peer", "num_experts=1024", "--cache-dir", "cache"])
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run_in_order(page, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    scope: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), scope)
+
+
+def test_the_readme_shows_six_lines_of_python():
+    lines = [line for line in blocks("README.md", "python")[0].splitlines() if line.strip()]
+    assert len(lines) <= 6
+
+
+@pytest.mark.parametrize("command", sorted({c for c in commands() if c.startswith("million-experts")}))
+def test_commands_run(command, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    arguments = shlex.split(command)[1:]
+    if arguments[0] == "train":
+        if "--resume" not in arguments:
+            (folder / "my-texts").mkdir(exist_ok=True)
+            for number in range(40):
+                text = f"Text number {number}. " + "Words follow words in it. " * 20
+                (folder / "my-texts" / f"{number}.txt").write_text(text)
+            if "--output-dir" not in arguments:
+                arguments += ["--output-dir", f"runs/{'-'.join(arguments)}"]
+            arguments = ["train", *TINY, *arguments[1:], "--cache-dir", "cache"]
+    elif arguments[0] in ("evaluate", "inspect") and "--data" in arguments:
+        # The whole of the State of the Union takes a minute: a part of it stands in.
+        (folder / "speech.txt").write_text("My fellow citizens, the state of the Union is strong. " * 20)
+        arguments[arguments.index("--data") + 1] = "speech.txt"
+    run(arguments)
+
+
+@pytest.mark.parametrize("command", sorted({c for c in commands() if c.startswith("make")}))
+def test_make_targets_exist(command):
+    subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_no_other_kind_of_command_is_shown():
+    known = ("million-experts ", "make ", 'pip install ".[train,data]"')
+    assert [c for c in commands() if not c.startswith(known)] == []
+
+
+def test_the_extras_that_are_named_exist():
+    project = (ROOT / "pyproject.toml").read_text()
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for extras in re.findall(r"pip install \"(?:million-experts|\.)\[([\w,]+)\]", text):
+            for extra in extras.split(","):
+                assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE), extra
+
+
+@pytest.mark.parametrize("page", [*PAGES, "docs/decisions.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_examples_run_as_they_stand(example, tmp_path):
+    result = subprocess.run([sys.executable, str(example)], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+
+
+def test_the_readmes_figures_are_those_of_the_committed_run():
+    results = json.loads((ROOT / "docs/results/demo/results.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert results["parameters"]["label"] in readme
+    for row in (results["test"], *results["yardsticks"].values()):
+        assert f"{row['bits_per_byte']:.3f}" in readme
+    assert results["test"]["bits_per_byte"] < results["yardsticks"]["interpolated bigram"]["bits_per_byte"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SLOW)
+def test_training_commands_run_in_full(command, tmp_path):
+    """Each takes a quarter of an hour on two cores, and has to beat the bigram."""
+    assert command in commands()
+    program = Path(sys.executable).parent / "million-experts"
+    subprocess.run([str(program), *shlex.split(command)[1:]], cwd=tmp_path, check=True, timeout=3600)
+    results = json.loads((tmp_path / "runs/demo/results.json").read_text())
+    bigram = results["yardsticks"]["interpolated bigram"]["bits_per_byte"]
+    assert results["test"]["bits_per_byte"] < bigram
+    assert results["training_seconds"] < 15 * 60
