@@ -12,13 +12,21 @@ try:
     import typer
     import yaml
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ImportError as error:
     raise SystemExit(
         f'the command line needs {error.name}: pip install "million-experts[train,data]"'
     ) from error
 
-from million_experts.lm.settings import FIELD_TYPES, TrainSettings, load_preset, preset_names
+from million_experts.lm.settings import (
+    DEFAULT_CACHE,
+    FIELD_TYPES,
+    TrainSettings,
+    load_preset,
+    parse_yaml,
+    preset_names,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -129,7 +137,12 @@ def _parse_arguments(name: str, pairs: list[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise typer.BadParameter(f"must be name=value, got {pair!r}", param_hint=f"--{name}")
-        arguments[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        try:
+            arguments[key.strip().replace("-", "_")] = parse_yaml(value)
+        except yaml.YAMLError as error:
+            raise typer.BadParameter(
+                f"{value!r} is not a value of YAML, such as 4, 0.1, true or [64, 32]", param_hint=f"--{name}"
+            ) from error
     return arguments
 
 
@@ -167,7 +180,9 @@ def evaluate(
             typer.echo(json.dumps(figures))
             return
         table = Table(show_header=False, box=None, padding=(0, 2))
-        table.add_row("text", f"{source}: {score.tokens:,} tokens, {score.bytes:,} bytes")
+        table.add_column()
+        table.add_column(overflow="fold")  # paths are longer than lines
+        table.add_row("text", f"{escape(source)}: {score.tokens:,} tokens, {score.bytes:,} bytes")
         table.add_row("loss", f"{score.loss:.4f} nats per token")
         table.add_row("perplexity", f"{score.perplexity:.2f} per token")
         table.add_row("bits per byte", f"{score.bits_per_byte:.4f}")
@@ -222,7 +237,7 @@ def inspect(
         with ExitStack() as stack, errors.status("reading text"):
             usages = {name: stack.enter_context(ExpertUsage(layer)) for name, layer in layers.items()}
             score_documents(language_model, stream, context=_context(language_model, context))
-        table = Table(title=f"{source}: {len(stream):,} tokens", title_justify="left")
+        table = Table(title=f"{escape(source)}: {len(stream):,} tokens", title_justify="left")
         for column in ("layer", "head", "experts", "usage", "unevenness (nats)", "top share"):
             table.add_column(column, justify="left" if column in ("layer", "head") else "right")
         for name, usage in usages.items():
@@ -241,7 +256,7 @@ def inspect(
         path = figure or Path(model) / "expert_usage.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         usage_figure(usages, f"Experts used on {source}", path)
-        console.print(f"Figure: {path}")
+        console.print(f"Figure: {path}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -277,6 +292,8 @@ def info(
 
 
 def _print_size(model: str) -> None:
+    from transformers import AutoConfig
+
     from million_experts.models import PeerConfig, count_parameters, memory_estimate
 
     if model in preset_names():
@@ -286,9 +303,11 @@ def _print_size(model: str) -> None:
         config = model_config(settings, settings.vocab_size)
     else:
         _require_folder(model)
-        config = PeerConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model)
+        if not isinstance(config, PeerConfig):
+            raise ValueError(f"model {model} must be a PEER model for its size, got {config.model_type!r}")
     count, memory = count_parameters(config), memory_estimate(config)
-    table = Table(title=f"{model}: {count.label}", title_justify="left")
+    table = Table(title=f"{escape(model)}: {count.label}", title_justify="left")
     for column in ("", "parameters", "weights", "gradients", "AdamW state"):
         table.add_column(column, justify="left" if not column else "right")
     rows = {
@@ -313,12 +332,20 @@ def _print_size(model: str) -> None:
 
 
 def _load(model: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     _require_folder(model)
-    return AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+    try:
+        language_model = AutoModelForCausalLM.from_pretrained(model).eval()
+    except SafetensorError as error:
+        raise ValueError(f"model {model} is damaged: its weights cannot be read ({error})") from error
+    try:
+        return language_model, AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {model} has no tokenizer that can be read: {error}") from error
 
 
 def _require_folder(model: str) -> None:
@@ -334,12 +361,14 @@ def _stream(
     """Tokens of the corpora, or of the test split of the run in `model`, and what to call them."""
     from million_experts.lm.training import SETTINGS_FILE, load_stream, load_test_stream
 
+    stored = Path(model) / SETTINGS_FILE
+    settings = TrainSettings.load(stored) if stored.exists() else None
     if data:
-        return load_stream(data, text_column, tokenizer), ", ".join(data)
-    settings = Path(model) / SETTINGS_FILE
-    if not settings.exists():
+        cache_dir = DEFAULT_CACHE if settings is None else settings.cache_dir
+        return load_stream(data, text_column, tokenizer, cache_dir), ", ".join(data)
+    if settings is None:
         raise ValueError(f"data must be given: {model} is no run with a test split of its own")
-    return load_test_stream(TrainSettings.load(settings), tokenizer), "test split of the run"
+    return load_test_stream(settings, tokenizer), "test split of the run"
 
 
 def _context(model: "PreTrainedModel", context: int | None) -> int:
@@ -372,7 +401,8 @@ def _user_errors() -> Iterator[None]:
 
 def _fail(message: str, code: int) -> NoReturn:
     errors.print("[bold red]Error[/bold red]" if code == 1 else "[bold]Stopped[/bold]", end=" ")
-    errors.print(message, markup=False, highlight=False, soft_wrap=True)
+    one_line = " ".join(message.split())  # some of transformers' messages are paragraphs
+    errors.print(one_line, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(code)
 
 

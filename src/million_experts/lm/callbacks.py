@@ -3,12 +3,14 @@
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from million_experts.layers import ExpertUsage, ProductKeyRetrieval, Routing
@@ -21,11 +23,32 @@ def retrieval_layers(model: nn.Module | None) -> dict[str, ProductKeyRetrieval]:
 
 
 class EvaluationUsage(ExpertUsage):
-    """Expert usage of a layer in evaluation mode alone; training passes do not count."""
+    """Expert usage of a layer in evaluation mode alone; training passes do not count, nor does padding.
+
+    Args:
+        layer: the layer to listen to.
+        mask: gives the attention mask [B, L] of the pass that is under way, or None: the layer may sit in a
+            model that does not hand it down.
+    """
+
+    def __init__(self, layer: ProductKeyRetrieval, mask: Callable[[], Tensor | None]):
+        super().__init__(layer)
+        self._mask = mask
 
     def _add(self, layer: ProductKeyRetrieval, routing: Routing) -> None:
-        if not layer.training:
-            super()._add(layer, routing)
+        if layer.training:
+            return
+        mask = self._mask()
+        if mask is not None and mask.numel() == len(routing.gates):
+            real = mask.flatten().bool()
+            routing = Routing(*(tensor[real] for tensor in routing))
+        super()._add(layer, routing)
+
+    def reset(self) -> None:
+        """Forgets what was heard so far."""
+        if self.tokens:
+            self.mass.zero_()
+            self.tokens = 0
 
 
 class ExpertUsageCallback(TrainerCallback):
@@ -35,21 +58,52 @@ class ExpertUsageCallback(TrainerCallback):
 
         trainer.add_callback(ExpertUsageCallback(trainer))
 
-    The figures, as the paper defines them (see `ExpertUsage`), are those of the evaluation's own tokens, and
-    go where the trainer's metrics go as `expert_usage/LAYER`, `expert_unevenness/LAYER` and
-    `expert_top_share/LAYER`.
+    The figures, as the paper defines them (see `ExpertUsage`), are those of the evaluation's own tokens,
+    padding left out by the `attention_mask` that the model is called with, and go where the trainer's metrics
+    go as `expert_usage/LAYER`, `expert_unevenness/LAYER` and `expert_top_share/LAYER`. Each process of a
+    distributed run sees its own share of the tokens.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self._usage: dict[str, EvaluationUsage] = {}
+        self._mask: Tensor | None = None
+        self._mask_hook: RemovableHandle | None = None
         self._listen()
 
     def _listen(self) -> None:
         for usage in self._usage.values():
             usage.close()
-        layers = retrieval_layers(self.trainer.model)
-        self._usage = {name: EvaluationUsage(layer) for name, layer in layers.items()}
+        if self._mask_hook is not None:
+            self._mask_hook.remove()
+        model = self.trainer.model
+        self._usage = {
+            name: EvaluationUsage(layer, lambda: self._mask)
+            for name, layer in retrieval_layers(model).items()
+        }
+        if model is not None:
+            self._mask_hook = model.register_forward_pre_hook(self._keep_mask, with_kwargs=True)
+
+    def _keep_mask(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def _reset(self) -> None:
+        for usage in self._usage.values():
+            usage.reset()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._listen()  # `model_init` may have made another model
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._reset()  # what a callback had the model generate, say
+
+    def on_predict(self, *args: Any, **kwargs: Any) -> None:
+        self._reset()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -63,7 +117,7 @@ class ExpertUsageCallback(TrainerCallback):
                 figures[f"expert_top_share/{name}"] = of_layer.top_share
         if figures:
             self.trainer.log(figures)
-        self._listen()  # the next evaluation starts from nothing
+        self._reset()
 
 
 class ProgressCallback(TrainerCallback):
@@ -77,6 +131,7 @@ class ProgressCallback(TrainerCallback):
         self._first_step, self._start = 0, time.monotonic()
         self._evaluating = 0.0  # seconds, which are not counted in tokens/s
         self._evaluation_start: float | None = None
+        self._bar: Progress | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,6 +150,11 @@ class ProgressCallback(TrainerCallback):
         self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, status="")
         self._bar.start()
 
+    def stop(self) -> None:
+        """Gives the terminal back; for when training ends without saying so."""
+        if self._bar is not None:
+            self._bar.stop()
+
     def _status(self, step: int) -> str:
         seconds = max(1e-9, time.monotonic() - self._start - self._evaluating)
         rate = (step - self._first_step) * self.tokens_per_step / seconds
@@ -104,7 +164,8 @@ class ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step = state.global_step
-        self._bar.update(self._task, completed=step, status=self._status(step))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status=self._status(step))
 
     def on_log(
         self,
@@ -118,12 +179,16 @@ class ProgressCallback(TrainerCallback):
         if "loss" in logs:
             self._loss = f"{logs['loss']:.3f}"
         if "eval_loss" in logs:
+            self._end_evaluation()  # `on_evaluate` comes after this
             self._validation = f"  validation {logs['eval_loss']:.3f}"
+        if self._bar is not None:
+            self._bar.update(self._task, status=self._status(state.global_step))
         if not self.console.is_terminal and ("loss" in logs or "eval_loss" in logs):
             step = state.global_step
             done = max(1, step - self._first_step)
             left = (time.monotonic() - self._start) / done * (state.max_steps - step)
-            self.console.print(f"step {step}/{state.max_steps}  {self._status(step)}  {left:.0f} s left")
+            line = f"step {step}/{state.max_steps}  {self._status(step)}  {left:.0f} s left"
+            self.console.print(line, soft_wrap=True)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -131,9 +196,7 @@ class ProgressCallback(TrainerCallback):
         if self._evaluation_start is None:
             self._evaluation_start = time.monotonic()
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def _end_evaluation(self) -> None:
         if self._evaluation_start is not None:
             self._evaluating += time.monotonic() - self._evaluation_start
             self._evaluation_start = None
@@ -141,14 +204,13 @@ class ProgressCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._bar.stop()
+        self.stop()
 
 
 class InterruptCallback(TrainerCallback):
     """Ctrl-C and SIGTERM save a checkpoint at the step's end and stop; a second Ctrl-C stops at once."""
 
-    def __init__(self, console: Console):
-        self.console = console
+    def __init__(self) -> None:
         self.interrupted = False
         self._previous: dict[int, Any] = {}
 

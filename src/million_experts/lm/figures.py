@@ -41,9 +41,11 @@ def loss_figure(
         axes.axhline(value, color=GREY, ls=style, lw=1, label=f"{label}: {value:.3f}")
     lowest = min([v for _, v in train + validation] + list(yardsticks.values()), default=0)
     highest = max([v for _, v in validation] + list(yardsticks.values()), default=1)
-    axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.25 * (highest - lowest))
+    if highest > lowest:
+        axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.25 * (highest - lowest))
     axes.set(xlabel="step", ylabel="bits per byte", title=title)
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+import re
 import tempfile
 import typing
 from dataclasses import dataclass, field
@@ -15,6 +16,16 @@ import yaml
 
 DEFAULT_CACHE = "~/.cache/million-experts"
 PRECISIONS = ("auto", "float32", "bfloat16")
+# Those of transformers that need no arguments of their own.
+SCHEDULES = (
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
 _PRESETS = files("million_experts.lm") / "presets"
 
 # May differ between a run and its resumption: they say where things go and how often, not what is learnt.
@@ -83,7 +94,7 @@ class TrainSettings:
     table_weight_decay: float = _option(0.0, "Training", "Weight decay of the expert tables.")
     adam_beta1: float = _option(0.9, "Training", "AdamW's decay of the first moment.")
     adam_beta2: float = _option(0.95, "Training", "AdamW's decay of the second moment.")
-    lr_scheduler_type: str = _option("cosine", "Training", "A schedule of transformers, e.g. linear.")
+    lr_scheduler_type: str = _option("cosine", "Training", f"One of {', '.join(SCHEDULES)}.")
     warmup_steps: float = _option(0.05, "Training", "Warm-up steps, or below 1 their share of all steps.")
     max_grad_norm: float = _option(1.0, "Training", "Clip the gradient's norm to this; 0 for no clipping.")
     precision: str = _option(
@@ -127,8 +138,17 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        for name in ("validation_share", "test_share"):
+            value = getattr(self, name)
+            if not 0 < value < 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        for name in ("attention_dropout", "adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+        for name, allowed in (("precision", PRECISIONS), ("lr_scheduler_type", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
     @property
     def tokens_per_micro_batch(self) -> int:
@@ -189,7 +209,7 @@ def load_preset(name: str) -> TrainSettings:
         ValueError: neither a preset's name nor a file that exists; the presets are named.
     """
     if name in preset_names():
-        settings = TrainSettings.from_dict(yaml.safe_load((_PRESETS / f"{name}.yaml").read_text()), name)
+        settings = TrainSettings.from_dict(parse_yaml((_PRESETS / f"{name}.yaml").read_text()), name)
     elif Path(name).is_file():
         settings = TrainSettings.load(Path(name))
     else:
@@ -197,6 +217,24 @@ def load_preset(name: str) -> TrainSettings:
     if settings.output_dir is None:
         settings.output_dir = str(Path("runs") / Path(name).stem)
     return settings
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2's numbers: the older standard that PyYAML follows reads 1e-3 as text."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value that a YAML text stands for.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML.
+    """
+    return yaml.load(text, Loader=_Yaml)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -223,16 +261,9 @@ def describe_type(kind: Any) -> str:
 
 
 def _coerce(value: Any, kind: Any) -> Any:
-    # YAML 1.1 reads "1e-3" as text, and a whole number where a fraction is meant as an int.
-    if (
-        float in (kind, *typing.get_args(kind))
-        and isinstance(value, int | str)
-        and not isinstance(value, bool)
-    ):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+    # YAML reads a whole number where a fraction is meant as an int.
+    if float in (kind, *typing.get_args(kind)) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     return value
 
 
@@ -254,7 +285,7 @@ def _at_least(name: str, value: float, minimum: int) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a YAML file of settings: {error}") from error
     if not isinstance(values, dict):

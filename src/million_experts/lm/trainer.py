@@ -1,5 +1,7 @@
 """transformers' Trainer with checkpoints that are whole or not there, and no training on after NaN."""
 
+import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 _PARTIAL = ".partial-checkpoint"
@@ -22,8 +25,8 @@ class LanguageModelTrainer(Trainer):
     """`Trainer` for our runs.
 
     A checkpoint is written to a temporary folder, synced and renamed, so that a folder `checkpoint-N` is
-    whole whenever the process dies; the one before it stays until then. A loss that is not finite ends the
-    training before it reaches the weights.
+    whole whenever the process dies; the one before it stays until then. A loss or a gradient that is not
+    finite ends the training before it reaches the weights.
     """
 
     _writing_to: str | None = None
@@ -45,12 +48,14 @@ class LanguageModelTrainer(Trainer):
         if self.args.should_save:
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             _sync_tree(partial / name)
-            shutil.rmtree(run / name, ignore_errors=True)  # left by a run that went another way
+            # What goes is moved out of sight first: half deleted, it would look like a damaged checkpoint.
+            if (run / name).exists():  # left by a run that went another way
+                os.rename(run / name, partial / "replaced")
             os.rename(partial / name, run / name)
             _sync(run)
-            partial.rmdir()
             for _, old in list_checkpoints(run)[: -(self.args.save_total_limit or 10**9)]:
-                shutil.rmtree(old)
+                os.rename(old, partial / old.name)
+            shutil.rmtree(partial)
 
     def training_step(
         self,
@@ -60,12 +65,28 @@ class LanguageModelTrainer(Trainer):
     ) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {loss.item()} in step {self.state.global_step + 1}; training stopped "
-                "before the step changed the weights. Try a lower learning_rate or table_learning_rate, more "
-                "warmup_steps, or precision float32"
-            )
+            raise self._diverged("loss", loss)
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(norm):
+            raise self._diverged("gradient's norm", norm)
+        return norm
+
+    def _diverged(self, what: str, value: Any) -> FloatingPointError:
+        return FloatingPointError(
+            f"the {what} became {float(value)} in step {self.state.global_step + 1}; training stopped before "
+            "the step changed the weights. Try a lower learning_rate or table_learning_rate, more "
+            "warmup_steps, or precision float32"
+        )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers' own takes one step too many when it resumes from the last step's checkpoint.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -82,38 +103,67 @@ def check_checkpoint(folder: Path, model: nn.Module) -> None:
     """Makes sure that a checkpoint can be read and fits the model, before anything is loaded from it.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the tensors are those of another configuration.
+        CheckpointError: a file is missing or damaged, or the tensors are those of another configuration; the
+            newest checkpoint that is whole is named.
     """
-    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"checkpoint {folder} is not whole: it has no {name}{_way_out(folder)}")
+    fault = _fault(folder, model)
+    if fault is None:
+        return
+    others = [other for _, other in list_checkpoints(folder.parent) if other != folder]
+    whole = next((other for other in reversed(others) if _fault(other, model) is None), None)
+    raise CheckpointError(
+        f"checkpoint {folder} {fault}; "
+        + (
+            f"remove it to go on from {whole}"
+            if whole is not None
+            else "there is no whole one in the run: start again with another --output-dir"
+        )
+    )
+
+
+def _fault(folder: Path, model: nn.Module) -> str | None:
+    """What keeps a checkpoint from being resumed, or None."""
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        return "is not whole: it has no model.safetensors"
     except SafetensorError as error:
-        raise CheckpointError(
-            f"checkpoint {folder} is damaged: model.safetensors cannot be read ({error}){_way_out(folder)}"
-        ) from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in stored.items():
-        if wanted.get(name) != shape:
-            raise CheckpointError(
-                f"checkpoint {folder} belongs to another configuration: it holds {name} of shape "
-                f"{list(shape)}, the model {f'needs {list(wanted[name])}' if name in wanted else 'has none'}"
-            )
+        return f"is damaged: model.safetensors cannot be read ({error})"
+    needed = ["optimizer.pt", "scheduler.pt"]
+    for name in needed + sorted(path.name for path in folder.glob("rng_state*.pth")):
+        if not (folder / name).is_file():
+            return f"is not whole: it has no {name}"
+        try:
+            with safe_globals():
+                torch.load(folder / name, map_location="meta", weights_only=True, mmap=True)
+        except Exception as error:
+            return f"is damaged: {name} cannot be read ({str(error).splitlines()[0]})"
     try:
-        torch.load(folder / "optimizer.pt", map_location="meta", weights_only=True, mmap=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"checkpoint {folder} is damaged: optimizer.pt cannot be read ({error}){_way_out(folder)}"
-        ) from error
+        json.loads((folder / "trainer_state.json").read_text())
+    except FileNotFoundError:
+        return "is not whole: it has no trainer_state.json"
+    except ValueError as error:
+        return f"is damaged: trainer_state.json cannot be read ({error})"
+    return _misfit(stored, model)
 
 
-def _way_out(folder: Path) -> str:
-    others = [str(other) for _, other in list_checkpoints(folder.parent) if other != folder]
-    if not others:
-        return "; there is no other checkpoint in the run: start again with another --output-dir"
-    return f"; remove it to go on from {others[-1]}"
+def _misfit(stored: dict[str, tuple[int, ...]], model: nn.Module) -> str | None:
+    """The first tensor that a checkpoint and a model do not share, or None. Tied tensors are stored once."""
+    tensors = model.state_dict(keep_vars=True)
+    present = {id(tensors[name]) for name in stored if name in tensors}
+    for name, shape in stored.items():
+        if name not in tensors:
+            return f"belongs to another configuration: it holds {name}, which the model has not"
+        if tuple(tensors[name].shape) != shape:
+            return (
+                f"belongs to another configuration: it holds {name} of shape {list(shape)}, the model needs "
+                f"{list(tensors[name].shape)}"
+            )
+    for name, tensor in tensors.items():
+        if id(tensor) not in present:
+            return f"belongs to another configuration: it has no {name}"
+    return None
 
 
 def _sync(path: Path) -> None:

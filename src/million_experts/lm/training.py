@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import datasets
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import (
     GenerationConfig,
@@ -23,6 +25,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -43,6 +46,7 @@ from million_experts.lm.settings import DEFAULT_CACHE, TrainSettings, write_whol
 from million_experts.lm.tokenizer import train_tokenizer
 from million_experts.lm.trainer import LanguageModelTrainer, check_checkpoint, list_checkpoints
 from million_experts.models import PeerConfig, PeerForCausalLM, count_parameters, memory_estimate
+from million_experts.models.feed_forwards import FEED_FORWARDS
 from million_experts.optim import parameter_groups
 
 SETTINGS_FILE = "settings.yaml"
@@ -76,11 +80,12 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         raise ValueError("output_dir must name the folder of the run, got None")
     run = Path(settings.output_dir)
     if _finished(run, settings, resume):
-        console.print(f"[bold]{run}[/bold] is finished; its results:")
+        console.print(f"{run} is finished; its results:", style="bold", markup=False, soft_wrap=True)
         results = json.loads((run / RESULTS_FILE).read_text())
         print_results(results, console)
         return results
     print_plan(model_config(settings, settings.vocab_size), settings, console)
+    _check_reporters(settings.report_to)
     run.mkdir(parents=True, exist_ok=True)
 
     streams, tokenizer = _prepare_data(settings, run, console)
@@ -88,21 +93,28 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     config = model_config(settings, len(tokenizer))
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     model = PeerForCausalLM(config)
-    trainer = _make_trainer(settings, run, model, tokenizer, streams, console)
+    trainer = _make_trainer(settings, run, model, tokenizer, streams)
     checkpoint = None
     if found := list_checkpoints(run):
         checkpoint = found[-1][1]
         check_checkpoint(checkpoint, model)
-        console.print(f"Going on from [bold]{checkpoint}[/bold]")
-    interrupt = InterruptCallback(console)
+        console.print(f"Going on from {checkpoint}", style="bold", markup=False, soft_wrap=True)
+    # From here on the folder is a run that can be resumed; what went wrong before has left no trace in it.
+    settings.save(run / SETTINGS_FILE)
+    if not _has_tokenizer(run):
+        _save_whole(tokenizer.save_pretrained, run)
+    tokens = settings.tokens_per_micro_batch * settings.gradient_accumulation_steps
+    progress, interrupt = ProgressCallback(tokens, console), InterruptCallback()
+    trainer.add_callback(progress)
     trainer.add_callback(interrupt)
     start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         interrupt.restore()
+        progress.stop()
     if interrupt.interrupted:
-        command = f"million-experts train --output-dir {run} --resume"
+        command = f"million-experts train --output-dir {shlex.quote(str(run))} --resume"
         raise KeyboardInterrupt(
             f"stopped after step {trainer.state.global_step} of {settings.steps}; "
             f"the checkpoint is in {run}. Go on with: {command}"
@@ -115,6 +127,8 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
 
 def model_config(settings: TrainSettings, vocab_size: int) -> PeerConfig:
     """The configuration of the model that the settings describe."""
+    for kind in FEED_FORWARDS:
+        _check_types(kind, getattr(settings, kind))
     kinds = settings.mlp_layer_types
     if isinstance(kinds, list) and len(kinds) == 1:
         kinds = kinds[0]
@@ -131,6 +145,27 @@ def model_config(settings: TrainSettings, vocab_size: int) -> PeerConfig:
         peer=settings.peer or None,
         dense=settings.dense or None,
     )
+
+
+def _check_types(kind: str, given: dict[str, Any]) -> None:
+    """Refuses text where a layer's argument is a number or a switch; the layers check the rest."""
+    for name, value in given.items():
+        default = FEED_FORWARDS[kind].arguments.get(name)
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{kind}: {name} must be true or false, got {value!r}")
+        if isinstance(default, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{kind}: {name} must be a number, got {value!r}")
+
+
+def _check_reporters(names: list[str]) -> None:
+    """Finds out whether metrics can be reported before any work is done."""
+    if names in (["none"], ["all"]):
+        return
+    try:
+        for callback in get_reporting_integration_callbacks(names):
+            callback()
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"report_to={', '.join(names)} does not work here: {error}") from error
 
 
 def print_plan(config: PeerConfig, settings: TrainSettings, console: Console) -> None:
@@ -178,17 +213,20 @@ def print_results(results: dict[str, Any], console: Console) -> None:
         console.print(
             f"{name}: {figures['usage']:.1%} of the experts used, "
             f"unevenness {figures['unevenness']:.2f} nats, "
-            f"busiest expert {figures['top_share']:.2%} of the gate mass"
+            f"busiest expert {figures['top_share']:.2%} of the gate mass",
+            soft_wrap=True,
         )
-    console.print(f"\n[bold]Sample[/bold] (temperature 0.8)\n{results['sample']}\n", highlight=False)
-    console.print("Figures: " + ", ".join(results["figures"]))
+    sample = escape(results["sample"])
+    console.print(f"\n[bold]Sample[/bold] (temperature 0.8)\n{sample}\n", highlight=False, soft_wrap=True)
+    console.print("Figures: " + ", ".join(results["figures"]), markup=False, soft_wrap=True)
 
 
 def _finished(run: Path, settings: TrainSettings, resume: bool) -> bool:
     """Whether the run is over; raises where its folder must not be used as asked."""
     stored = run / SETTINGS_FILE
     if not stored.exists():
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        # Hidden files may be what a run left that was killed before it began.
+        if run.exists() and (not run.is_dir() or any(file.name[0] != "." for file in run.iterdir())):
             raise FileExistsError(
                 f"output_dir {run} holds files that are not a run's; give another --output-dir"
             )
@@ -212,24 +250,30 @@ def _prepare_data(
     settings: TrainSettings, run: Path, console: Console
 ) -> tuple[dict[str, TokenStream], PreTrainedTokenizerBase]:
     for line in licenses(settings.data):
-        console.print(f"licence  {line}", highlight=False)
+        console.print(f"licence  {line}", markup=False, highlight=False, soft_wrap=True)
     with console.status("reading text"):
         splits = _load_splits(settings)
-    if (run / "tokenizer.json").exists():
+    if _has_tokenizer(run):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(run)
     else:
         with console.status("training the tokenizer"):
             texts = (text for batch in splits["train"].iter(batch_size=256) for text in batch["text"])
             tokenizer = train_tokenizer(texts, settings.vocab_size)
-        _save_whole(tokenizer.save_pretrained, run)
-    settings.save(run / SETTINGS_FILE)  # from here on the folder is a run that can be resumed
     with console.status("tokenising"):
         streams = {name: _tokenize(splits[name], tokenizer, settings.cache_dir) for name in SPLITS}
+    for name in ("train", "validation"):
+        if len(streams[name]) < settings.context:
+            raise ValueError(
+                f"context={settings.context} asks for more tokens than the {name} split of the corpus has: "
+                f"{len(streams[name])} in {len(streams[name].starts)} documents; use a smaller context or "
+                "more data" + (", or a larger validation_share" if name == "validation" else "")
+            )
     train = streams["train"]
     console.print(
         f"text     {sum(len(split) for split in splits.values()):,} documents; "
         + ", ".join(f"{name} {len(stream):,}" for name, stream in streams.items())
-        + f" tokens; {train.text_bytes / len(train):.2f} bytes a token, vocabulary {len(tokenizer):,}"
+        + f" tokens; {train.text_bytes / len(train):.2f} bytes a token, vocabulary {len(tokenizer):,}",
+        soft_wrap=True,
     )
     seen = settings.steps * settings.tokens_per_micro_batch * settings.gradient_accumulation_steps
     console.print(f"         the run reads the training split {seen / len(train):.1f} times")
@@ -269,7 +313,6 @@ def _make_trainer(
     model: PeerForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     streams: dict[str, TokenStream],
-    console: Console,
 ) -> LanguageModelTrainer:
     table_rate = settings.table_learning_rate
     groups = parameter_groups(
@@ -324,8 +367,6 @@ def _make_trainer(
         optimizers=(optimizer, None),
     )
     trainer.remove_callback(PrinterCallback)
-    tokens = settings.tokens_per_micro_batch * settings.gradient_accumulation_steps
-    trainer.add_callback(ProgressCallback(tokens, console))
     trainer.add_callback(ExpertUsageCallback(trainer))
     return trainer
 
@@ -347,7 +388,9 @@ def _finish(
         usages = {
             name: stack.enter_context(ExpertUsage(layer)) for name, layer in retrieval_layers(model).items()
         }
-        score = score_documents(model, test, context=settings.context)
+        score = score_documents(
+            model, test, context=settings.context, batch_tokens=settings.tokens_per_micro_batch
+        )
     yardsticks = {
         "unigram": unigram_nats(streams["train"], test),
         "interpolated bigram": bigram_nats(streams["train"], test),
@@ -425,3 +468,8 @@ def _save_whole(save: Callable[[str], Any], run: Path) -> None:
     for file in sorted(partial.iterdir()):
         os.replace(file, run / file.name)
     partial.rmdir()
+
+
+def _has_tokenizer(run: Path) -> bool:
+    # `_save_whole` moves this file last, so the other one is there too.
+    return (run / "tokenizer_config.json").exists()

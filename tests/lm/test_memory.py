@@ -1,0 +1,138 @@
+"""The expected peak against the peak of a real run; what counts as available."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from million_experts.lm import memory
+from million_experts.lm.memory import available_memory, expected_peak, takes_bfloat16
+from million_experts.lm.settings import TrainSettings
+from million_experts.lm.training import model_config
+
+BASE = {
+    "vocab_size": 300,
+    "context": 128,
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "peer": {"num_experts": 65536, "num_heads": 4, "experts_per_head": 8, "key_dim": 32},
+    "batch_size": 8,
+    "precision": "float32",
+}
+
+
+def estimate(**changes):
+    settings = TrainSettings(**BASE).with_overrides(changes)
+    return expected_peak(model_config(settings, settings.vocab_size), settings)
+
+
+RUN = """
+import os, pathlib, re, sys
+from rich.console import Console
+from million_experts.lm.settings import TrainSettings
+from million_experts.lm.training import train
+settings = TrainSettings.load(pathlib.Path(sys.argv[1]))
+train(settings, console=Console(file=open(os.devnull, "w")))
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc/self/status")
+def test_the_estimate_is_near_the_peak_of_a_real_run(tmp_path):
+    words = random.Random(0).choices(["tea", "at", "four", "or", "coffee", "then"], k=6_000)
+    documents = [" ".join(words[at : at + 100]) for at in range(0, len(words), 100)]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    settings = TrainSettings(
+        **BASE,
+        data=[str(tmp_path / "text.jsonl")],
+        steps=2,
+        validation_share=0.1,
+        test_share=0.1,
+        eval_steps=2,
+        report_to=["none"],
+        output_dir=str(tmp_path / "run"),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    settings.save(tmp_path / "settings.yaml")
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "datasets"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path / "settings.yaml")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout) * 1024
+    ratio = estimate() / peak
+    assert 0.85 < ratio < 1.5, f"expected {estimate() / 1e6:.0f} MB, took {peak / 1e6:.0f} MB"
+
+
+def test_the_state_of_the_tables_is_counted_exactly():
+    added = estimate(peer={"num_experts": 4 * 65536}) - estimate()
+    rows = 3 * 65536 * 2 * 256  # weights, gradient and two moments of 4 bytes each; and 2 x 256 more sub-keys
+    assert added == 16 * (rows + 2 * 256 * 16)
+
+
+def test_what_takes_more_is_expected_to_take_more():
+    base = estimate()
+    assert estimate(batch_size=16) > base
+    assert estimate(context=512) > base
+    assert estimate(vocab_size=30_000) > base
+    assert estimate(num_hidden_layers=4) > base
+    assert estimate(mlp_layer_types="peer") > base
+    assert estimate(gradient_checkpointing=True) < base
+    assert estimate(precision="bfloat16") < base
+    assert estimate(gradient_accumulation_steps=8) == base
+    assert estimate(mlp_layer_types="dense") < base
+    assert estimate() == base, "asking changes nothing"
+
+
+class Files:
+    """Stands for `Path`: some files and what they hold."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def __call__(self, path):
+        return type("File", (), {"read_text": lambda _: self._read(path)})()
+
+    def _read(self, path):
+        if Path(path).name not in self.content:
+            raise FileNotFoundError(path)
+        return self.content[Path(path).name]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 1000),
+        ({"memory.max": "max\n", "memory.current": "5\n"}, 1000),
+        ({"memory.max": "700\n", "memory.current": "300\n"}, 400),
+        ({"memory.max": "9000\n", "memory.current": "300\n"}, 1000),
+    ],
+)
+def test_available_memory_keeps_to_the_control_group(monkeypatch, files, expected):
+    monkeypatch.setattr(memory, "Path", Files(files))
+    free = type("Memory", (), {"available": 1000})()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert available_memory() == expected
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_auto_takes_bfloat16_where_the_processor_multiplies_in_it(monkeypatch, can):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: can)
+    assert takes_bfloat16("auto") is can
+    assert takes_bfloat16("bfloat16") is True
+    assert takes_bfloat16("float32") is False

@@ -1,0 +1,271 @@
+"""Checkpoints are whole or not there, whatever dies when; training stops before NaN reaches the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from million_experts.lm.trainer import (
+    CheckpointError,
+    LanguageModelTrainer,
+    check_checkpoint,
+    list_checkpoints,
+)
+from million_experts.models import PeerConfig, PeerForCausalLM
+
+VOCAB = 40
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr("million_experts.layers.peer.INIT_PAIRS", 2**12)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_model(layers=2, hidden_size=16, **settings):
+    torch.manual_seed(0)
+    return PeerForCausalLM(
+        PeerConfig(
+            vocab_size=VOCAB,
+            hidden_size=hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            peer={"num_experts": 64, "num_heads": 2, "experts_per_head": 4, "key_dim": 8},
+            dense={"width": 32},
+            **settings,
+        )
+    )
+
+
+def make_trainer(run, model=None, steps=6, **arguments):
+    rows = torch.randint(0, VOCAB, (64, 8), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row.clone()} for row in rows]
+    return LanguageModelTrainer(
+        model=make_model() if model is None else model,
+        args=TrainingArguments(
+            output_dir=str(run),
+            **{
+                "max_steps": steps,
+                "per_device_train_batch_size": 4,
+                "save_strategy": "steps",
+                "save_steps": 2,
+                "logging_steps": 1,
+                "logging_nan_inf_filter": False,
+                "report_to": [],
+                "use_cpu": True,
+                "disable_tqdm": True,
+                "dataloader_pin_memory": False,
+                **arguments,
+            },
+        ),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=default_data_collator,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with checkpoints of steps 2, 4 and 6; copy it to change it."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    make_trainer(run).train()
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def steps_of(run):
+    return [step for step, _ in list_checkpoints(run)]
+
+
+def test_checkpoints_are_whole_and_nothing_else_is_left(trained):
+    assert steps_of(trained) == [2, 4, 6]
+    assert sorted(path.name for path in trained.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    for _, folder in list_checkpoints(trained):
+        check_checkpoint(folder, make_model())
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    make_trainer(tmp_path, save_total_limit=2).train()
+    assert steps_of(tmp_path) == [4, 6]
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-x", "checkpoint-", "other-3"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-11").write_text("a file")
+    assert steps_of(tmp_path) == [9, 10]
+
+
+@pytest.mark.parametrize(
+    ("where", "limit"), [("_save_optimizer_and_scheduler", None), ("_save_rng_state", 1)]
+)
+def test_a_crash_while_writing_leaves_the_checkpoint_before(tmp_path, monkeypatch, where, limit):
+    trainer = make_trainer(tmp_path, save_total_limit=limit)
+
+    def crash(self, output_dir):
+        if self.state.global_step == 4:
+            assert (tmp_path / ".partial-checkpoint" / "checkpoint-4" / "model.safetensors").exists()
+            raise OSError("No space left on device")
+        getattr(Trainer, where)(self, output_dir)
+
+    monkeypatch.setattr(LanguageModelTrainer, where, crash, raising=False)
+    with pytest.raises(OSError, match="No space"):
+        trainer.train()
+    assert steps_of(tmp_path) == [2]
+    check_checkpoint(tmp_path / "checkpoint-2", trainer.model)
+    monkeypatch.undo()
+    monkeypatch.setattr("million_experts.layers.peer.INIT_PAIRS", 2**12)
+    again = make_trainer(tmp_path, save_total_limit=limit)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert steps_of(tmp_path) == ([2, 4, 6] if limit is None else [6])
+    assert not (tmp_path / ".partial-checkpoint").exists()
+
+
+def test_a_checkpoint_is_deleted_out_of_sight(tmp_path, monkeypatch):
+    rmtree, seen = shutil.rmtree, []
+
+    def watched(path, *arguments, **kwargs):
+        seen.append(steps_of(tmp_path))
+        assert ".partial-checkpoint" in str(path), "a kill would leave half a checkpoint under its name"
+        rmtree(path, *arguments, **kwargs)
+
+    monkeypatch.setattr("million_experts.lm.trainer.shutil.rmtree", watched)
+    make_trainer(tmp_path, save_total_limit=1).train()
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "stale").touch()
+    make_trainer(tmp_path, steps=2).train()  # goes another way
+    assert [4] in seen
+    check_checkpoint(tmp_path / "checkpoint-2", make_model())
+    assert not (tmp_path / "checkpoint-2" / "stale").exists()
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_resumed_run_ends_in_the_same_bits(run, step):
+    straight = load_file(run / "checkpoint-6" / "model.safetensors")
+    shutil.rmtree(run / "checkpoint-6")
+    make_trainer(run).train(resume_from_checkpoint=str(run / f"checkpoint-{step}"))
+    resumed = load_file(run / "checkpoint-6" / "model.safetensors")
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_resuming_from_the_last_step_takes_no_further_step(run):
+    trainer = make_trainer(run)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-6"))
+    assert trainer.state.global_step == 6
+    stored = load_file(run / "checkpoint-6" / "model.safetensors")
+    assert all(torch.equal(stored[name], trainer.model.state_dict()[name]) for name in stored)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "max_grad_norm"),
+    [
+        ("loss", math.nan, 1.0),
+        ("loss", math.inf, 0.0),
+        ("gradient", math.nan, 0.0),
+        ("gradient", math.inf, 1.0),
+    ],
+)
+def test_what_is_not_finite_stops_before_the_weights_change(tmp_path, value, where, max_grad_norm):
+    trainer = make_trainer(tmp_path, max_grad_norm=max_grad_norm)
+    before = {}
+
+    def poison_loss(model, arguments, output):
+        if trainer.model.training and trainer.state.global_step == 3:
+            before.update({name: tensor.clone() for name, tensor in model.named_parameters()})
+            if where == "loss":
+                output.loss = output.loss * value
+            else:
+                output.logits.register_hook(lambda gradient: gradient * value)
+        return output
+
+    trainer.model.register_forward_hook(poison_loss)
+    with pytest.raises(FloatingPointError, match=f"the {where}.* became .* in step 4; .* learning_rate"):
+        trainer.train()
+    assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+    assert steps_of(tmp_path) == [2]
+    weights = PeerForCausalLM.from_pretrained(tmp_path / "checkpoint-2").state_dict()
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def cut(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+DAMAGE = {
+    "model.safetensors cut": (lambda f: cut(f / "model.safetensors"), "is damaged: model.safetensors cannot"),
+    "optimizer.pt cut": (lambda f: cut(f / "optimizer.pt"), "is damaged: optimizer.pt cannot be read"),
+    "optimizer.pt empty": (lambda f: (f / "optimizer.pt").write_bytes(b""), "damaged: optimizer.pt cannot"),
+    "scheduler.pt cut": (lambda f: cut(f / "scheduler.pt"), "is damaged: scheduler.pt cannot be read"),
+    "rng_state.pth cut": (lambda f: cut(f / "rng_state.pth"), "is damaged: rng_state.pth cannot be read"),
+    "trainer_state.json cut": (lambda f: cut(f / "trainer_state.json"), "damaged: trainer_state.json cannot"),
+    **{
+        f"no {name}": (lambda f, name=name: (f / name).unlink(), f"is not whole: it has no {name}")
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+    },
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_with_the_newest_whole_one(run, damage):
+    do, message = DAMAGE[damage]
+    do(run / "checkpoint-6")
+    files = sorted(run.rglob("*"))
+    with pytest.raises(CheckpointError, match=message) as error:
+        check_checkpoint(run / "checkpoint-6", make_model())
+    assert str(error.value).startswith(f"checkpoint {run / 'checkpoint-6'} ")
+    assert str(error.value).endswith(f"; remove it to go on from {run / 'checkpoint-4'}")
+    assert "\n" not in str(error.value)
+    assert sorted(run.rglob("*")) == files, "nothing may be deleted"
+    do(run / "checkpoint-4")
+    with pytest.raises(CheckpointError, match=f"remove it to go on from {run / 'checkpoint-2'}$"):
+        check_checkpoint(run / "checkpoint-6", make_model())
+    do(run / "checkpoint-2")
+    with pytest.raises(CheckpointError, match="there is no whole one in the run: start again with another"):
+        check_checkpoint(run / "checkpoint-6", make_model())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"hidden_size": 32}, r"it holds .* of shape \[.*16.*\], the model needs \[.*32.*\]"),
+        ({"layers": 1}, r"it holds model.layers.\S+, which the model has not"),
+        ({"layers": 3}, r"it has no model.layers.\S+"),
+        ({"tie_word_embeddings": False}, "it has no lm_head.weight"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_is_refused(run, other, message):
+    with pytest.raises(CheckpointError, match=f"belongs to another configuration: {message}"):
+        check_checkpoint(run / "checkpoint-6", make_model(**other))
+
+
+def test_a_checkpoint_among_those_of_another_configuration_is_found(run, tmp_path):
+    make_trainer(tmp_path / "other", make_model(hidden_size=32), steps=2).train()
+    shutil.copytree(tmp_path / "other" / "checkpoint-2", run / "checkpoint-8")
+    with pytest.raises(CheckpointError, match=f"another configuration.*go on from {run / 'checkpoint-6'}$"):
+        check_checkpoint(run / "checkpoint-8", make_model())
+
+
+def test_untied_and_tied_checkpoints_are_whole(tmp_path):
+    for name, tied in (("tied", True), ("untied", False)):
+        make_trainer(tmp_path / name, make_model(tie_word_embeddings=tied), steps=2).train()
+        check_checkpoint(tmp_path / name / "checkpoint-2", make_model(tie_word_embeddings=tied))
+
+
+def test_the_state_says_which_step_it_is_of(trained):
+    for step, folder in list_checkpoints(trained):
+        assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == step
