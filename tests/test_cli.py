@@ -542,7 +542,7 @@ def test_ctrl_c_before_training_is_no_traceback(folder, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_prepare_data", interrupted)
+    monkeypatch.setattr(training, "prepare_data", interrupted)
     result = train(folder, tmp_path / "run")
     assert result.exit_code == 130
     assert result.stderr == "Stopped interrupted\n"

@@ -71,7 +71,8 @@ def _train(preset: str | None, resume: bool, **options: Any) -> None:
     if kinds := overrides.get("mlp_layer_types"):
         overrides["mlp_layer_types"] = kinds.split(",") if "," in kinds else kinds
     with _user_errors():
-        from million_experts.lm.training import SETTINGS_FILE, train
+        from million_experts.lm.settings import SETTINGS_FILE
+        from million_experts.lm.training import train
 
         run = Path(overrides.get("output_dir", ""))
         if resume and preset is None and "output_dir" in overrides and (run / SETTINGS_FILE).exists():
@@ -202,7 +203,7 @@ def generate(
 ) -> None:
     """Write text with a model."""
     with _user_errors():
-        from million_experts.lm.training import write_sample
+        from million_experts.lm.generation import write_sample
 
         language_model, tokenizer = _load(model)
         text = write_sample(language_model, tokenizer, prompt, max_new_tokens, seed, temperature, top_p)
@@ -359,7 +360,8 @@ def _stream(
     model: str, tokenizer: "PreTrainedTokenizerBase", data: list[str] | None, text_column: str
 ) -> "tuple[TokenStream, str]":
     """Tokens of the corpora, or of the test split of the run in `model`, and what to call them."""
-    from million_experts.lm.training import SETTINGS_FILE, load_stream, load_test_stream
+    from million_experts.lm.data import load_stream, load_test_stream
+    from million_experts.lm.settings import SETTINGS_FILE
 
     stored = Path(model) / SETTINGS_FILE
     settings = TrainSettings.load(stored) if stored.exists() else None

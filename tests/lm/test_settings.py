@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
 import yaml
 
 from million_experts.layers import PEER
-from million_experts.lm import settings as module
 from million_experts.lm.settings import (
     FIELD_TYPES,
     FREE_ON_RESUME,
@@ -18,7 +16,6 @@ from million_experts.lm.settings import (
     load_preset,
     parse_yaml,
     preset_names,
-    write_whole,
 )
 from million_experts.lm.training import model_config
 from million_experts.models import PeerForCausalLM
@@ -218,21 +215,3 @@ def test_only_what_is_learnt_counts_as_a_difference():
     assert settings.differences(settings.with_overrides(free)) == []
     changed = settings.with_overrides({"steps": 3, "peer": {"glu": True}})
     assert changed.differences(settings) == ["peer: {'glu': True}, not {}", "steps: 3, not 1000"]
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_whole(path, "old")
-
-    def no_space(handle):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(module.os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
-        write_whole(path, "new")
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
-    monkeypatch.undo()
-    write_whole(path, "new")
-    assert path.read_text() == "new"
-    assert path.stat().st_mode & 0o777 == 0o644

@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from million_experts import PEER
-from million_experts.lm import training
+from million_experts.lm import data, report, training
+from million_experts.lm.data import load_test_stream
 from million_experts.lm.ngram import bigram_nats, unigram_nats
 from million_experts.lm.scoring import score_documents
 from million_experts.lm.settings import TrainSettings
 from million_experts.lm.trainer import LanguageModelTrainer, list_checkpoints
-from million_experts.lm.training import load_test_stream, train
+from million_experts.lm.training import train
 from million_experts.models import PeerForCausalLM, count_parameters
 
 WORDS = "the a of in city river mountain king house small old new water light stone was has great".split()
@@ -124,7 +125,7 @@ def copy_of(finished, tmp_path):
 @pytest.fixture
 def no_figures(monkeypatch):
     for name in ("loss_figure", "usage_figure"):
-        monkeypatch.setattr(training, name, lambda *arguments: None)
+        monkeypatch.setattr(report, name, lambda *arguments: None)
 
 
 def losses(results, key="loss"):
@@ -146,9 +147,9 @@ def test_figures_of_the_end_are_right(finished, folder):
     score = score_documents(model, test, context=32)
     assert results["test"]["loss"] == pytest.approx(score.loss, rel=1e-5)
     assert (results["test"]["tokens"], results["test"]["bytes"]) == (score.tokens, score.bytes)
-    splits = training._load_splits(stored)
+    splits = data._load_splits(stored)
     text_bytes = sum(len(text.encode()) for text in splits["test"]["text"])
-    train_stream = training._tokenize(splits["train"], tokenizer, stored.cache_dir)
+    train_stream = data._tokenize(splits["train"], tokenizer, stored.cache_dir)
     for name, nats in (("unigram", unigram_nats), ("interpolated bigram", bigram_nats)):
         assert results["yardsticks"][name]["loss"] == pytest.approx(nats(train_stream, test) / len(test))
     for row in (results["test"], *results["yardsticks"].values()):
@@ -229,7 +230,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, copy_of, folder, no_fi
 def test_resuming_a_finished_run_prints_it_and_does_nothing(finished, folder, monkeypatch):
     run, results, _ = finished
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    monkeypatch.setattr(training, "_prepare_data", lambda *_: pytest.fail("it reads text"))
+    monkeypatch.setattr(training, "prepare_data", lambda *_: pytest.fail("it reads text"))
     again, printed = run_train(make_settings(folder, run), resume=True)
     assert again == results
     assert f"{run} is finished; its results:" in printed
@@ -312,7 +313,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(folder, tmp_path):
 
 def test_what_cannot_fit_is_refused_before_anything_is_made(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "available_memory", lambda: 10**8)
-    monkeypatch.setattr(training, "_prepare_data", lambda *_: pytest.fail("it reads text"))
+    monkeypatch.setattr(training, "prepare_data", lambda *_: pytest.fail("it reads text"))
     out = io.StringIO()
     with pytest.raises(MemoryError, match=r"expected to take 0\.\d GB .* 0\.1 GB are available") as error:
         train(make_settings(folder, tmp_path / "run"), console=Console(file=out, width=100))
@@ -347,8 +348,8 @@ def test_the_plan_of_a_million_experts_takes_no_memory(folder, tmp_path, monkeyp
 )
 def test_other_settings_train_too(folder, tmp_path, monkeypatch, expected, changes):
     if expected == 1:  # as in the shared run
-        monkeypatch.setattr(training, "usage_figure", lambda usages, title, path: path.touch())
-        monkeypatch.setattr(training, "loss_figure", lambda *arguments: None)
+        monkeypatch.setattr(report, "usage_figure", lambda usages, title, path: path.touch())
+        monkeypatch.setattr(report, "loss_figure", lambda *arguments: None)
     settings = make_settings(folder, tmp_path / "run", steps=3, **changes)
     results, _ = run_train(settings)
     assert losses(results)[3] < losses(results)[1]
@@ -401,5 +402,5 @@ def test_documents_do_not_see_one_another_unless_told_to(folder, tmp_path, no_fi
 def test_a_sample_may_look_like_markup(finished):
     _, results, _ = finished
     out = io.StringIO()
-    training.print_results({**results, "sample": "The [/bold] [red]x"}, Console(file=out, width=100))
+    report.print_results({**results, "sample": "The [/bold] [red]x"}, Console(file=out, width=100))
     assert "The [/bold] [red]x" in out.getvalue()

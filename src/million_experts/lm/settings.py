@@ -2,9 +2,7 @@
 
 import dataclasses
 import difflib
-import os
 import re
-import tempfile
 import typing
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -14,6 +12,9 @@ from typing import Any
 
 import yaml
 
+from million_experts.lm.files import write_whole
+
+SETTINGS_FILE = "settings.yaml"
 DEFAULT_CACHE = "~/.cache/million-experts"
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Those of transformers that need no arguments of their own.
@@ -235,22 +236,6 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: the text is not YAML.
     """
     return yaml.load(text, Loader=_Yaml)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that its name never stands for half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def describe_type(kind: Any) -> str:

@@ -1,26 +1,17 @@
 """A training run from settings to figures."""
 
-import dataclasses
 import json
-import math
-import os
 import shlex
-import shutil
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from transformers import (
-    GenerationConfig,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -29,29 +20,17 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
-from million_experts.layers import ExpertUsage
-from million_experts.lm.callbacks import (
-    ExpertUsageCallback,
-    InterruptCallback,
-    ProgressCallback,
-    retrieval_layers,
-)
-from million_experts.lm.corpora import licenses, load_corpora, split_documents
-from million_experts.lm.figures import loss_figure, usage_figure
+from million_experts.lm.callbacks import ExpertUsageCallback, InterruptCallback, ProgressCallback
+from million_experts.lm.data import has_tokenizer, prepare_data
+from million_experts.lm.files import save_whole
 from million_experts.lm.memory import available_memory, expected_peak, takes_bfloat16
-from million_experts.lm.ngram import bigram_nats, unigram_nats
-from million_experts.lm.packing import PackedBlocks, TokenStream, tokenize_documents
-from million_experts.lm.scoring import Score, evaluation_mode, score_documents
-from million_experts.lm.settings import DEFAULT_CACHE, TrainSettings, write_whole
-from million_experts.lm.tokenizer import train_tokenizer
+from million_experts.lm.packing import PackedBlocks, TokenStream
+from million_experts.lm.report import RESULTS_FILE, measure, print_results
+from million_experts.lm.settings import SETTINGS_FILE, TrainSettings
 from million_experts.lm.trainer import LanguageModelTrainer, check_checkpoint, list_checkpoints
 from million_experts.models import PeerConfig, PeerForCausalLM, count_parameters, memory_estimate
 from million_experts.models.feed_forwards import FEED_FORWARDS
 from million_experts.optim import parameter_groups
-
-SETTINGS_FILE = "settings.yaml"
-RESULTS_FILE = "results.json"
-SPLITS = ("train", "validation", "test")
 
 
 def train(settings: TrainSettings, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -88,7 +67,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     _check_reporters(settings.report_to)
     run.mkdir(parents=True, exist_ok=True)
 
-    streams, tokenizer = _prepare_data(settings, run, console)
+    streams, tokenizer = prepare_data(settings, run, console)
     set_seed(settings.seed)
     config = model_config(settings, len(tokenizer))
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
@@ -101,8 +80,8 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         console.print(f"Going on from {checkpoint}", style="bold", markup=False, soft_wrap=True)
     # From here on the folder is a run that can be resumed; what went wrong before has left no trace in it.
     settings.save(run / SETTINGS_FILE)
-    if not _has_tokenizer(run):
-        _save_whole(tokenizer.save_pretrained, run)
+    if not has_tokenizer(run):
+        save_whole(tokenizer.save_pretrained, run)
     tokens = settings.tokens_per_micro_batch * settings.gradient_accumulation_steps
     progress, interrupt = ProgressCallback(tokens, console), InterruptCallback()
     trainer.add_callback(progress)
@@ -120,7 +99,10 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
             f"the checkpoint is in {run}. Go on with: {command}"
         )
     seconds = time.monotonic() - start
-    results = _finish(settings, run, trainer, tokenizer, streams, seconds, console)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    save_whole(trained.save_pretrained, run)
+    with console.status("measuring on the test split"):
+        results = measure(settings, run, trained, tokenizer, streams, trainer.state.log_history, seconds)
     print_results(results, console)
     return results
 
@@ -193,34 +175,6 @@ def print_plan(config: PeerConfig, settings: TrainSettings, console: Console) ->
         )
 
 
-def print_results(results: dict[str, Any], console: Console) -> None:
-    """Prints what a run came to."""
-    test = results["test"]
-    table = Table(title=f"Test split, {test['tokens']:,} tokens", title_justify="left")
-    for column in ("", "nats per token", "perplexity", "bits per byte"):
-        table.add_column(column, justify="left" if not column else "right")
-    rows = {f"this model, {results['parameters']['label']}": test, **results["yardsticks"]}
-    for i, (name, row) in enumerate(rows.items()):
-        table.add_row(
-            name,
-            f"{row['loss']:.3f}",
-            f"{math.exp(row['loss']):.1f}",
-            f"{row['bits_per_byte']:.3f}",
-            style="bold" if i == 0 else "",
-        )
-    console.print(table)
-    for name, figures in results["expert_usage"].items():
-        console.print(
-            f"{name}: {figures['usage']:.1%} of the experts used, "
-            f"unevenness {figures['unevenness']:.2f} nats, "
-            f"busiest expert {figures['top_share']:.2%} of the gate mass",
-            soft_wrap=True,
-        )
-    sample = escape(results["sample"])
-    console.print(f"\n[bold]Sample[/bold] (temperature 0.8)\n{sample}\n", highlight=False, soft_wrap=True)
-    console.print("Figures: " + ", ".join(results["figures"]), markup=False, soft_wrap=True)
-
-
 def _finished(run: Path, settings: TrainSettings, resume: bool) -> bool:
     """Whether the run is over; raises where its folder must not be used as asked."""
     stored = run / SETTINGS_FILE
@@ -244,67 +198,6 @@ def _finished(run: Path, settings: TrainSettings, resume: bool) -> bool:
             + ". Leave them out to go on with the run, or start another with another --output-dir"
         )
     return (run / RESULTS_FILE).exists()
-
-
-def _prepare_data(
-    settings: TrainSettings, run: Path, console: Console
-) -> tuple[dict[str, TokenStream], PreTrainedTokenizerBase]:
-    for line in licenses(settings.data):
-        console.print(f"licence  {line}", markup=False, highlight=False, soft_wrap=True)
-    with console.status("reading text"):
-        splits = _load_splits(settings)
-    if _has_tokenizer(run):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(run)
-    else:
-        with console.status("training the tokenizer"):
-            texts = (text for batch in splits["train"].iter(batch_size=256) for text in batch["text"])
-            tokenizer = train_tokenizer(texts, settings.vocab_size)
-    with console.status("tokenising"):
-        streams = {name: _tokenize(splits[name], tokenizer, settings.cache_dir) for name in SPLITS}
-    for name in ("train", "validation"):
-        if len(streams[name]) < settings.context:
-            raise ValueError(
-                f"context={settings.context} asks for more tokens than the {name} split of the corpus has: "
-                f"{len(streams[name])} in {len(streams[name].starts)} documents; use a smaller context or "
-                "more data" + (", or a larger validation_share" if name == "validation" else "")
-            )
-    train = streams["train"]
-    console.print(
-        f"text     {sum(len(split) for split in splits.values()):,} documents; "
-        + ", ".join(f"{name} {len(stream):,}" for name, stream in streams.items())
-        + f" tokens; {train.text_bytes / len(train):.2f} bytes a token, vocabulary {len(tokenizer):,}",
-        soft_wrap=True,
-    )
-    seen = settings.steps * settings.tokens_per_micro_batch * settings.gradient_accumulation_steps
-    console.print(f"         the run reads the training split {seen / len(train):.1f} times")
-    return streams, tokenizer
-
-
-def _load_splits(settings: TrainSettings) -> dict[str, datasets.Dataset]:
-    datasets.disable_progress_bars()
-    documents = load_corpora(
-        settings.data, text_column=settings.text_column, max_documents=settings.max_documents
-    )
-    return split_documents(
-        documents, seed=settings.seed, validation=settings.validation_share, test=settings.test_share
-    )
-
-
-def _tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, cache_dir: str) -> TokenStream:
-    return tokenize_documents(documents, tokenizer, Path(cache_dir).expanduser())
-
-
-def load_stream(
-    data: list[str], text_column: str, tokenizer: PreTrainedTokenizerBase, cache_dir: str = DEFAULT_CACHE
-) -> TokenStream:
-    """All documents of some corpora as a model's tokens."""
-    datasets.disable_progress_bars()
-    return _tokenize(load_corpora(data, text_column=text_column), tokenizer, cache_dir)
-
-
-def load_test_stream(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
-    """The test split of the run with these settings."""
-    return _tokenize(_load_splits(settings)["test"], tokenizer, settings.cache_dir)
 
 
 def _make_trainer(
@@ -369,107 +262,3 @@ def _make_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ExpertUsageCallback(trainer))
     return trainer
-
-
-def _finish(
-    settings: TrainSettings,
-    run: Path,
-    trainer: LanguageModelTrainer,
-    tokenizer: PreTrainedTokenizerBase,
-    streams: dict[str, TokenStream],
-    seconds: float,
-    console: Console,
-) -> dict[str, Any]:
-    """Saves the model, then measures it on the test split, which nothing has read before."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    _save_whole(model.save_pretrained, run)
-    test = streams["test"]
-    with ExitStack() as stack, console.status("measuring on the test split"):
-        usages = {
-            name: stack.enter_context(ExpertUsage(layer)) for name, layer in retrieval_layers(model).items()
-        }
-        score = score_documents(
-            model, test, context=settings.context, batch_tokens=settings.tokens_per_micro_batch
-        )
-    yardsticks = {
-        "unigram": unigram_nats(streams["train"], test),
-        "interpolated bigram": bigram_nats(streams["train"], test),
-    }
-    sample = write_sample(model, tokenizer, settings.prompt, min(120, settings.context // 2), settings.seed)
-    count = count_parameters(model)
-    history = trainer.state.log_history
-    results: dict[str, Any] = {
-        "parameters": {"label": count.label, "total": count.total, "active": count.active},
-        "steps": trainer.state.global_step,
-        "training_seconds": round(seconds, 1),
-        "test": _figures(score),
-        "yardsticks": {
-            name: _figures(Score(nats, score.tokens, score.bytes)) for name, nats in yardsticks.items()
-        },
-        "expert_usage": {name: dataclasses.asdict(usage.figures()) for name, usage in usages.items()},
-        "sample": sample,
-        "history": history,
-        "figures": [str(run / "loss.png")],
-    }
-    lines = {name: row["bits_per_byte"] for name, row in results["yardsticks"].items()}
-    loss_figure(
-        history,
-        score.tokens / math.log(2) / score.bytes,
-        {**lines, "test, this model": score.bits_per_byte},
-        f"{run.name}: {count.label}",
-        run / "loss.png",
-    )
-    if usages:
-        usage_figure(usages, f"{run.name}: experts used on the test split", run / "expert_usage.png")
-        results["figures"].append(str(run / "expert_usage.png"))
-    write_whole(run / RESULTS_FILE, json.dumps(results, indent=1))
-    return results
-
-
-def _figures(score: Score) -> dict[str, float]:
-    return {
-        "loss": score.loss,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte,
-        "tokens": score.tokens,
-        "bytes": score.bytes,
-    }
-
-
-def write_sample(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    max_new_tokens: int,
-    seed: int,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-) -> str:
-    """The prompt and what the model writes after it; greedy where temperature is 0."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    how = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **(sampling if temperature > 0 else {"do_sample": False}),
-    )
-    set_seed(seed)
-    with evaluation_mode(model):
-        tokens = model.generate(**inputs, generation_config=how)
-    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
-
-
-def _save_whole(save: Callable[[str], Any], run: Path) -> None:
-    """Calls `save(folder)` on a temporary folder and moves its files into the run, each one whole."""
-    partial = run / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save(str(partial))
-    for file in sorted(partial.iterdir()):
-        os.replace(file, run / file.name)
-    partial.rmdir()
-
-
-def _has_tokenizer(run: Path) -> bool:
-    # `_save_whole` moves this file last, so the other one is there too.
-    return (run / "tokenizer_config.json").exists()

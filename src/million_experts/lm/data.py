@@ -1,0 +1,80 @@
+"""A run's text: loaded, split, tokenised."""
+
+from pathlib import Path
+
+import datasets
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from million_experts.lm.corpora import licenses, load_corpora, split_documents
+from million_experts.lm.packing import TokenStream, tokenize_documents
+from million_experts.lm.settings import DEFAULT_CACHE, TrainSettings
+from million_experts.lm.tokenizer import train_tokenizer
+
+SPLITS = ("train", "validation", "test")
+
+
+def prepare_data(
+    settings: TrainSettings, run: Path, console: Console
+) -> tuple[dict[str, TokenStream], PreTrainedTokenizerBase]:
+    for line in licenses(settings.data):
+        console.print(f"licence  {line}", markup=False, highlight=False, soft_wrap=True)
+    with console.status("reading text"):
+        splits = _load_splits(settings)
+    if has_tokenizer(run):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(run)
+    else:
+        with console.status("training the tokenizer"):
+            texts = (text for batch in splits["train"].iter(batch_size=256) for text in batch["text"])
+            tokenizer = train_tokenizer(texts, settings.vocab_size)
+    with console.status("tokenising"):
+        streams = {name: _tokenize(splits[name], tokenizer, settings.cache_dir) for name in SPLITS}
+    for name in ("train", "validation"):
+        if len(streams[name]) < settings.context:
+            raise ValueError(
+                f"context={settings.context} asks for more tokens than the {name} split of the corpus has: "
+                f"{len(streams[name])} in {len(streams[name].starts)} documents; use a smaller context or "
+                "more data" + (", or a larger validation_share" if name == "validation" else "")
+            )
+    train = streams["train"]
+    console.print(
+        f"text     {sum(len(split) for split in splits.values()):,} documents; "
+        + ", ".join(f"{name} {len(stream):,}" for name, stream in streams.items())
+        + f" tokens; {train.text_bytes / len(train):.2f} bytes a token, vocabulary {len(tokenizer):,}",
+        soft_wrap=True,
+    )
+    seen = settings.steps * settings.tokens_per_micro_batch * settings.gradient_accumulation_steps
+    console.print(f"         the run reads the training split {seen / len(train):.1f} times")
+    return streams, tokenizer
+
+
+def load_stream(
+    data: list[str], text_column: str, tokenizer: PreTrainedTokenizerBase, cache_dir: str = DEFAULT_CACHE
+) -> TokenStream:
+    """All documents of some corpora as a model's tokens."""
+    datasets.disable_progress_bars()
+    return _tokenize(load_corpora(data, text_column=text_column), tokenizer, cache_dir)
+
+
+def load_test_stream(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
+    """The test split of the run with these settings."""
+    return _tokenize(_load_splits(settings)["test"], tokenizer, settings.cache_dir)
+
+
+def _load_splits(settings: TrainSettings) -> dict[str, datasets.Dataset]:
+    datasets.disable_progress_bars()
+    documents = load_corpora(
+        settings.data, text_column=settings.text_column, max_documents=settings.max_documents
+    )
+    return split_documents(
+        documents, seed=settings.seed, validation=settings.validation_share, test=settings.test_share
+    )
+
+
+def _tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, cache_dir: str) -> TokenStream:
+    return tokenize_documents(documents, tokenizer, Path(cache_dir).expanduser())
+
+
+def has_tokenizer(run: Path) -> bool:
+    # `save_whole` moves this file last, so the other one is there too.
+    return (run / "tokenizer_config.json").exists()
