@@ -511,7 +511,7 @@ def test_ctrl_c_saves_and_names_the_command_that_goes_on(folder, run, tmp_path):
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
-    stop = re.search(r"Stopped stopped after step (\d+) of (\d+); .* Go on with: (.*)", stderr)
+    stop = re.search(r"(?m)^Stopped after step (\d+) of (\d+); .* Go on with: (.*)", stderr)
     assert stop, stderr
     assert 3 <= int(stop[1]) < int(stop[2]) == STEPS
     assert newest(own) == int(stop[1])
@@ -533,7 +533,7 @@ def test_sigterm_saves_too(folder, tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
     assert process.exitcode == 130, log.read_text()
-    stop = re.search(r"stopped after step (\d+) of", log.read_text())
+    stop = re.search(r"Stopped after step (\d+) of", log.read_text())
     assert stop
     assert newest(own) == int(stop[1])
 
@@ -545,7 +545,7 @@ def test_ctrl_c_before_training_is_no_traceback(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "prepare_data", interrupted)
     result = train(folder, tmp_path / "run")
     assert result.exit_code == 130
-    assert result.stderr == "Stopped interrupted\n"
+    assert result.stderr == "Interrupted\n"
     monkeypatch.undo()
     monkeypatch.setattr("million_experts.layers.peer.INIT_PAIRS", 2**12)
     assert train(folder, tmp_path / "run", "--steps", "2").exit_code == 0

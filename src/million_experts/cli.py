@@ -398,11 +398,12 @@ def _user_errors() -> Iterator[None]:
     except (ValueError, OSError, MemoryError, FloatingPointError, BackendError) as error:
         _fail(str(error) or type(error).__name__, 1)
     except KeyboardInterrupt as interrupt:
-        _fail(str(interrupt) or "interrupted", 130)
+        _fail(str(interrupt) or "Interrupted", 130)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    errors.print("[bold red]Error[/bold red]" if code == 1 else "[bold]Stopped[/bold]", end=" ")
+    if code == 1:
+        errors.print("[bold red]Error[/bold red]", end=" ")
     one_line = " ".join(message.split())  # some of transformers' messages are paragraphs
     errors.print(one_line, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(code)

@@ -287,7 +287,7 @@ def test_interruption_keeps_the_step_and_names_the_way_on(
 
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(LanguageModelTrainer, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {step} of 16; ") as stop:
+    with pytest.raises(KeyboardInterrupt, match=f"Stopped after step {step} of 16; ") as stop:
         run_train(make_settings(folder, run))
     assert str(stop.value).endswith(f"Go on with: million-experts train --output-dir '{run}' --resume")
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers

@@ -95,7 +95,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     if interrupt.interrupted:
         command = f"million-experts train --output-dir {shlex.quote(str(run))} --resume"
         raise KeyboardInterrupt(
-            f"stopped after step {trainer.state.global_step} of {settings.steps}; "
+            f"Stopped after step {trainer.state.global_step} of {settings.steps}; "
             f"the checkpoint is in {run}. Go on with: {command}"
         )
     seconds = time.monotonic() - start
