@@ -65,7 +65,7 @@ def write_documents(path, count, seed=0):
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _own_caches(tmp_path_factory):
     """For this process and for those it starts."""
     folder = str(tmp_path_factory.mktemp("datasets"))
@@ -75,21 +75,18 @@ def _own_caches(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _quick():
     gc.collect()
     gc.freeze()  # the trainer collects garbage twice a run, and looks at all that was imported each time
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("million_experts.layers.peer.INIT_PAIRS", 2**12)
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
-    torch.set_num_threads(threads)
     gc.unfreeze()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     write_documents(folder / "text.jsonl", 200)
@@ -119,7 +116,7 @@ def message_of(result, code):
     return line
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def run(folder):
     """A finished run."""
     result = train(folder, folder / "run")
@@ -143,9 +140,9 @@ def trains(monkeypatch):
     return calls
 
 
-def losses(run):
+def losses(run, key="loss"):
     history = json.loads((run / "results.json").read_text())["history"]
-    return {row["step"]: row["loss"] for row in history if "loss" in row}
+    return {row["step"]: row[key] for row in history if key in row}
 
 
 # Options.
@@ -410,12 +407,20 @@ def test_resuming_a_finished_run_needs_its_folder_alone(run):
 
 def test_resuming_goes_on_with_the_runs_own_settings(run, copy_of):
     shutil.rmtree(copy_of / f"checkpoint-{STEPS}")
-    result = invoke(
-        "train", "--output-dir", copy_of, "--resume", "--logging-steps", "1", "--eval-steps", "30"
-    )
+    result = invoke("train", "--output-dir", copy_of, "--resume")
     assert result.exit_code == 0, result.output
     assert f"Going on from {copy_of / f'checkpoint-{STEPS - 2}'}" in result.stdout
     assert losses(copy_of) == losses(run)
+
+
+def test_resuming_may_change_how_often_is_logged_evaluated_and_saved(run, copy_of):
+    shutil.rmtree(copy_of / f"checkpoint-{STEPS}")
+    cadences = ["--logging-steps", "4", "--eval-steps", STEPS - 1, "--save-steps", STEPS - 1]
+    result = invoke("train", "--output-dir", copy_of, "--resume", *cadences, "--save-total-limit", "3")
+    assert result.exit_code == 0, result.output
+    assert list(losses(copy_of)) == [*range(1, STEPS - 1), STEPS]
+    assert list(losses(copy_of, "eval_loss")) == [30, STEPS - 1, STEPS]
+    assert [step for step, _ in list_checkpoints(copy_of)] == [STEPS - 2, STEPS - 1, STEPS]
 
 
 def test_resuming_with_other_settings_lists_them(folder, copy_of):
@@ -547,7 +552,6 @@ def test_ctrl_c_before_training_is_no_traceback(folder, tmp_path, monkeypatch):
     assert result.exit_code == 130
     assert result.stderr == "Interrupted\n"
     monkeypatch.undo()
-    monkeypatch.setattr("million_experts.layers.peer.INIT_PAIRS", 2**12)
     assert train(folder, tmp_path / "run", "--steps", "2").exit_code == 0
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import million_experts
 import million_experts.layers
+import million_experts.models
 import million_experts.ops
 
 NAMES = {
@@ -29,6 +30,20 @@ NAMES = {
         "ProductKeyRetrieval",
         "Routing",
         "UsageFigures",
+    },
+    million_experts.models: {
+        "FEED_FORWARDS",
+        "FeedForwardKind",
+        "MemoryEstimate",
+        "ParameterCount",
+        "PeerCausalLMOutput",
+        "PeerConfig",
+        "PeerForCausalLM",
+        "PeerModel",
+        "PeerModelOutput",
+        "PeerPreTrainedModel",
+        "count_parameters",
+        "memory_estimate",
     },
 }
 

@@ -1,11 +1,14 @@
 """The command line, `million-experts`. Commands import what they need when they run, so help is quick."""
 
+import dataclasses
 import inspect as python_inspect
 import json
+import re
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 try:
@@ -22,6 +25,7 @@ except ImportError as error:
 from million_experts.lm.settings import (
     DEFAULT_CACHE,
     FIELD_TYPES,
+    SETTINGS_FILE,
     TrainSettings,
     load_preset,
     parse_yaml,
@@ -51,6 +55,7 @@ Data = Annotated[
     ),
 ]
 TextColumn = Annotated[str, typer.Option(help="Column of the text in JSONL, Parquet and hub data.")]
+BatchTokens = Annotated[int, typer.Option(help="Most tokens of a batch; fewer take less memory.")]
 Context = Annotated[
     int | None, typer.Option(help="Most tokens the model sees at once; by default what it was made for.")
 ]
@@ -59,25 +64,34 @@ Context = Annotated[
 def _train(preset: str | None, resume: bool, **options: Any) -> None:
     """Train a language model on real text, from a preset and options; end with figures and a sample.
 
-    Presets: PRESETS. Every setting of a preset can be replaced by its option.
+    Presets: PRESETS; [bold]million-experts info PRESET[/bold] shows what is in one. Every setting can be
+    replaced by its option; [bold]none[/bold] empties those that may be empty.
 
     [bold]million-experts train[/bold] trains the demo; [bold]--mlp-layer-types dense[/bold] trains the same
     model without experts.
     """
     overrides = {name: value for name, value in options.items() if value not in (None, [])}
+    for name, value in overrides.items():
+        allowed = typing.get_args(FIELD_TYPES[name])
+        if type(None) in allowed and value == "none":
+            overrides[name] = None
+        elif type(None) in allowed and str not in allowed:
+            overrides[name] = _number(value)
     for name in ("peer", "dense"):
         if name in overrides:
             overrides[name] = _parse_arguments(name, overrides[name])
     if kinds := overrides.get("mlp_layer_types"):
-        overrides["mlp_layer_types"] = kinds.split(",") if "," in kinds else kinds
+        overrides["mlp_layer_types"] = [k.strip() for k in kinds.split(",")] if "," in kinds else kinds
     with _user_errors():
-        from million_experts.lm.settings import SETTINGS_FILE
         from million_experts.lm.training import train
 
-        run = Path(overrides.get("output_dir", ""))
-        if resume and preset is None and "output_dir" in overrides and (run / SETTINGS_FILE).exists():
-            settings = TrainSettings.load(run / SETTINGS_FILE)
+        run = overrides.get("output_dir")
+        stored = Path(run or "") / SETTINGS_FILE
+        if resume and run and preset is None and stored.exists():
+            settings = TrainSettings.load(stored)
         else:
+            if resume and run and not stored.exists():
+                console.print(f"nothing to resume in {run}: starting", markup=False, soft_wrap=True)
             settings = load_preset(preset or "demo")
         train(settings.with_overrides(overrides), resume=resume, console=console)
 
@@ -125,11 +139,20 @@ def _train_command() -> Callable[..., None]:
 
 
 def _option_type(kind: Any) -> Any:
-    """What the command line reads for a field: lists and dicts are repeated options."""
-    parts = [part for part in typing.get_args(kind) or (kind,) if part is not type(None)]
+    """What the command line reads for a field: a list or dict is a repeated option, None is "none"."""
     if typing.get_origin(kind) in (list, dict):
         return list[str]
-    return str if str in parts else parts[0]
+    return str if isinstance(kind, UnionType) else kind
+
+
+def _number(text: str) -> Any:
+    """The number that a text spells, or the text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def _parse_arguments(name: str, pairs: list[str]) -> dict[str, Any]:
@@ -156,7 +179,7 @@ def evaluate(
     data: Data = None,
     text_column: TextColumn = "text",
     context: Context = None,
-    batch_tokens: Annotated[int, typer.Option(help="Most tokens of a batch.")] = 8192,
+    batch_tokens: BatchTokens = 8192,
     json_output: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")] = False,
 ) -> None:
     """Measure perplexity and bits per byte of a model on any text."""
@@ -216,9 +239,10 @@ def inspect(
     data: Data = None,
     text_column: TextColumn = "text",
     context: Context = None,
+    batch_tokens: BatchTokens = 8192,
     figure: Annotated[
         Path | None,
-        typer.Option(help="Where the PNG goes; by default expert_usage.png in the model's folder."),
+        typer.Option(help="Where the PNG goes; by default the model's folder, under the name of --data."),
     ] = None,
 ) -> None:
     """Show how a model uses its experts: usage and unevenness as in the paper, by layer and head."""
@@ -237,7 +261,9 @@ def inspect(
         stream, source = _stream(model, tokenizer, data, text_column)
         with ExitStack() as stack, errors.status("reading text"):
             usages = {name: stack.enter_context(ExpertUsage(layer)) for name, layer in layers.items()}
-            score_documents(language_model, stream, context=_context(language_model, context))
+            score_documents(
+                language_model, stream, context=_context(language_model, context), batch_tokens=batch_tokens
+            )
         table = Table(title=f"{escape(source)}: {len(stream):,} tokens", title_justify="left")
         for column in ("layer", "head", "experts", "usage", "unevenness (nats)", "top share"):
             table.add_column(column, justify="left" if column in ("layer", "head") else "right")
@@ -254,7 +280,9 @@ def inspect(
                     style="bold" if head is None else "",
                 )
         console.print(table)
-        path = figure or Path(model) / "expert_usage.png"
+        # The run's own figure is that of its test split.
+        name = re.sub(r"\W+", "-", " ".join(["expert_usage", *(data or [])]))
+        path = figure or Path(model) / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         usage_figure(usages, f"Experts used on {source}", path)
         console.print(f"Figure: {path}", markup=False, soft_wrap=True)
@@ -277,7 +305,8 @@ def info(
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("million-experts", million_experts.__version__)
     table.add_row("python", platform.python_version())
-    for package in ("torch", "transformers", "tokenizers", "datasets", "accelerate", "numpy"):
+    table.add_row("torch", torch.__version__)
+    for package in ("transformers", "tokenizers", "datasets", "accelerate", "numpy"):
         table.add_row(package, _version(package))
     table.add_row(
         "processor", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
@@ -297,13 +326,13 @@ def _print_size(model: str) -> None:
 
     from million_experts.models import PeerConfig, count_parameters, memory_estimate
 
-    if model in preset_names():
+    settings = load_preset(model) if model in preset_names() else None
+    if settings is not None:
         from million_experts.lm.training import model_config
 
-        settings = load_preset(model)
         config = model_config(settings, settings.vocab_size)
     else:
-        _require_folder(model)
+        _require_folder(model, f", or a preset ({', '.join(preset_names())})")
         config = AutoConfig.from_pretrained(model)
         if not isinstance(config, PeerConfig):
             raise ValueError(f"model {model} must be a PEER model for its size, got {config.model_type!r}")
@@ -330,9 +359,12 @@ def _print_size(model: str) -> None:
         table.add_row(name, f"{parameters:,}", *(f"{size / 1e6:,.1f} MB" for size in sizes))
     table.add_row("active for a token", f"{count.active:,}")
     console.print(table)
+    if settings is not None:
+        console.print(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False), markup=False)
 
 
 def _load(model: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -340,7 +372,8 @@ def _load(model: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     logging.disable_progress_bar()
     _require_folder(model)
     try:
-        language_model = AutoModelForCausalLM.from_pretrained(model).eval()
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        language_model = AutoModelForCausalLM.from_pretrained(model).eval().to(device)
     except SafetensorError as error:
         raise ValueError(f"model {model} is damaged: its weights cannot be read ({error})") from error
     try:
@@ -349,10 +382,10 @@ def _load(model: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         raise ValueError(f"model {model} has no tokenizer that can be read: {error}") from error
 
 
-def _require_folder(model: str) -> None:
+def _require_folder(model: str, or_preset: str = "") -> None:
     if not (Path(model) / "config.json").exists():
         raise FileNotFoundError(
-            f"model must be a folder with a config.json, such as a finished run's, got {model!r}"
+            f"model must be a folder with a config.json, such as a finished run's{or_preset}, got {model!r}"
         )
 
 
@@ -361,7 +394,6 @@ def _stream(
 ) -> "tuple[TokenStream, str]":
     """Tokens of the corpora, or of the test split of the run in `model`, and what to call them."""
     from million_experts.lm.data import load_stream, load_test_stream
-    from million_experts.lm.settings import SETTINGS_FILE
 
     stored = Path(model) / SETTINGS_FILE
     settings = TrainSettings.load(stored) if stored.exists() else None

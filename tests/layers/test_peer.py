@@ -100,9 +100,6 @@ def step(layer: PEER, x: Tensor, weights: Tensor, run=None, **options) -> dict[s
     }
 
 
-# --- Algorithm 1 -----------------------------------------------------------------------------------------
-
-
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[dict, int, bool]:
     sizes = draw(st.integers(1, 5)), draw(st.integers(1, 5))
@@ -182,9 +179,6 @@ def test_routing_is_that_of_the_operations(make_layer):
     assert torch.equal(routing.indices, indices)
     assert torch.equal(routing.scores, scores)
     assert (routing.scores[..., :-1] >= routing.scores[..., 1:]).all()
-
-
-# --- masks -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -281,9 +275,6 @@ def test_tokens_of_another_width_are_refused(shape, make_layer):
         make_layer()(torch.zeros(shape, dtype=torch.float64))
 
 
-# --- tokens that are not finite --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("query_norm", QUERY_NORMS)
@@ -320,9 +311,6 @@ def test_infinite_token_that_every_expert_would_silence(make_layer):
     y = layer(x)
     assert not torch.isfinite(y[1]).any()
     assert torch.isfinite(y[[0, 2]]).all()
-
-
-# --- dtypes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)))
@@ -401,9 +389,6 @@ def test_autocast_keeps_batch_statistics_in_float32(make_layer):
     assert layer.query_norm.running_var.dtype == torch.float32
 
 
-# --- transformations -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_checkpointing_changes_nothing(use_reentrant, mask, make_layer):
@@ -464,9 +449,6 @@ def test_a_deep_copy_is_independent(make_layer):
     assert layer.experts.any()
 
 
-# --- arguments -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -522,9 +504,6 @@ def test_a_pair_is_taken_as_it_is():
     assert factorise((2, 90)) == factorise([2, 90]) == (2, 90)
     assert factorise(1024**2) == (1024, 1024)
     assert PEER(4, (3, 7), 1, 2, 4).codebook_sizes == (3, 7)
-
-
-# --- state -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

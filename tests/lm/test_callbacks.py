@@ -33,15 +33,6 @@ VOCAB, LENGTH, EXPERTS = 30, 6, 64
 FIGURES = ("expert_usage", "expert_unevenness", "expert_top_share")
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr("million_experts.layers.peer.INIT_PAIRS", 2**12)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_layer(dim=16):
     return PEER(dim, EXPERTS, num_heads=2, experts_per_head=4, key_dim=8, query_norm="layer")
 

@@ -79,8 +79,7 @@ def test_a_short_history_is_drawn_too(tmp_path, history, yardsticks):
 
 
 @pytest.fixture
-def usages(monkeypatch):
-    monkeypatch.setattr("million_experts.layers.peer.INIT_PAIRS", 2**12)
+def usages():
     torch.manual_seed(0)
     layers = [PEER(8, 64, num_heads=h, experts_per_head=4, key_dim=8, query_norm="layer") for h in (1, 3)]
     with ExpertUsage(layers[0]) as first, ExpertUsage(layers[1]) as second, torch.no_grad():

@@ -23,7 +23,6 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.undo()
     write_whole(path, "new")
     assert path.read_text() == "new"
-    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_folders_files_arrive_whole_beside_those_that_stand_there(tmp_path):

@@ -138,7 +138,7 @@ def test_every_field_refuses_another_type(name):
         ("document_mask", "yes", "document_mask must be bool, got 'yes'"),
         ("data", "text", "data must be list, got 'text'"),
         ("data", ["a", 3], "data must be list, got"),
-        ("mlp_layer_types", 3, "mlp_layer_types must be str or list or nothing, got 3"),
+        ("mlp_layer_types", 3, "mlp_layer_types must be str or list or none, got 3"),
         ("vocab_size", 0, "vocab_size must be at least 1, got 0"),
         ("context", 1, "context must be at least 2, got 1"),
         ("steps", 0, "steps must be at least 1, got 0"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from million_experts.lm.trainer import (
@@ -22,26 +24,16 @@ from million_experts.models import PeerConfig, PeerForCausalLM
 VOCAB = 40
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr("million_experts.layers.peer.INIT_PAIRS", 2**12)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def make_model(layers=2, hidden_size=16, **settings):
+def make_model(layers=2, hidden_size=16, peer=None, **settings):
     torch.manual_seed(0)
     return PeerForCausalLM(
         PeerConfig(
             vocab_size=VOCAB,
             hidden_size=hidden_size,
             num_hidden_layers=layers,
-            num_attention_heads=2,
-            peer={"num_experts": 64, "num_heads": 2, "experts_per_head": 4, "key_dim": 8},
             dense={"width": 32},
-            **settings,
+            peer={"num_experts": 64, "num_heads": 2, "experts_per_head": 4, "key_dim": 8, **(peer or {})},
+            **{"num_attention_heads": 2, **settings},
         )
     )
 
@@ -86,6 +78,13 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    """Returns what transformers has warned about so far."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    return lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def steps_of(run):
     return [step for step, _ in list_checkpoints(run)]
 
@@ -127,7 +126,6 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(tmp_path, monkeypatc
     assert steps_of(tmp_path) == [2]
     check_checkpoint(tmp_path / "checkpoint-2", trainer.model)
     monkeypatch.undo()
-    monkeypatch.setattr("million_experts.layers.peer.INIT_PAIRS", 2**12)
     again = make_trainer(tmp_path, save_total_limit=limit)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert steps_of(tmp_path) == ([2, 4, 6] if limit is None else [6])
@@ -153,13 +151,41 @@ def test_a_checkpoint_is_deleted_out_of_sight(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_a_resumed_run_ends_in_the_same_bits(run, step):
+def test_a_resumed_run_ends_in_the_same_bits(run, warnings, step):
     straight = load_file(run / "checkpoint-6" / "model.safetensors")
     shutil.rmtree(run / "checkpoint-6")
     make_trainer(run).train(resume_from_checkpoint=str(run / f"checkpoint-{step}"))
     resumed = load_file(run / "checkpoint-6" / "model.safetensors")
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert warnings() == []
+
+
+def test_a_resumed_run_logs_evaluates_and_saves_as_it_is_told_now(run, warnings):
+    for step in (4, 6):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    trainer = make_trainer(run, logging_steps=3, save_steps=5, eval_strategy="steps", eval_steps=4)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    history = trainer.state.log_history
+    assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 6]
+    assert [row["step"] for row in history if "eval_loss" in row] == [4, 6]
+    assert steps_of(run) == [2, 5, 6]
+    stored = json.loads((run / "checkpoint-6" / "trainer_state.json").read_text())
+    assert [stored[f"{what}_steps"] for what in ("logging", "save", "eval")] == [3, 5, 4]
+    assert warnings() == []
+
+
+def test_tensors_that_are_missing_are_warned_about_but_for_tied_ones(tmp_path, warnings):
+    tied, untied = (make_trainer(tmp_path, make_model(tie_word_embeddings=tie)) for tie in (True, False))
+    loaded = _IncompatibleKeys(["lm_head.weight", "model.norm.weight"], ["model.more"])
+    tied._issue_warnings_after_load(loaded)
+    missing, unexpected = warnings()
+    assert "['model.norm.weight']" in missing
+    assert "['model.more']" in unexpected
+    untied._issue_warnings_after_load(loaded)
+    assert "lm_head.weight" in warnings()[2]
+    tied._issue_warnings_after_load(_IncompatibleKeys(["lm_head.weight", "model.embed_tokens.weight"], []))
+    assert "lm_head.weight" in warnings()[4], "it is stored under neither name"
 
 
 def test_resuming_from_the_last_step_takes_no_further_step(run):
@@ -193,8 +219,11 @@ def test_what_is_not_finite_stops_before_the_weights_change(tmp_path, value, whe
         return output
 
     trainer.model.register_forward_hook(poison_loss)
-    with pytest.raises(FloatingPointError, match=f"the {where}.* became .* in step 4; .* learning_rate"):
+    with pytest.raises(
+        FloatingPointError, match=f"the {where}.* became .* in step 4; .* learning_rate"
+    ) as error:
         trainer.train()
+    assert str(error.value).endswith("in a run with another --output-dir"), "--resume takes no other settings"
     assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
     assert steps_of(tmp_path) == [2]
     weights = PeerForCausalLM.from_pretrained(tmp_path / "checkpoint-2").state_dict()
@@ -213,9 +242,10 @@ DAMAGE = {
     "scheduler.pt cut": (lambda f: cut(f / "scheduler.pt"), "is damaged: scheduler.pt cannot be read"),
     "rng_state.pth cut": (lambda f: cut(f / "rng_state.pth"), "is damaged: rng_state.pth cannot be read"),
     "trainer_state.json cut": (lambda f: cut(f / "trainer_state.json"), "damaged: trainer_state.json cannot"),
+    "config.json cut": (lambda f: cut(f / "config.json"), "is damaged: config.json cannot be read"),
     **{
         f"no {name}": (lambda f, name=name: (f / name).unlink(), f"is not whole: it has no {name}")
-        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "config.json")
     },
 }
 
@@ -248,9 +278,43 @@ def test_a_damaged_checkpoint_is_named_with_the_newest_whole_one(run, damage):
         ({"tie_word_embeddings": False}, "it has no lm_head.weight"),
     ],
 )
-def test_a_checkpoint_of_another_configuration_is_refused(run, other, message):
+def test_a_checkpoint_of_other_tensors_is_refused(run, other, message):
+    model = make_model(**other)
+    model.config.save_pretrained(run / "checkpoint-6")
     with pytest.raises(CheckpointError, match=f"belongs to another configuration: {message}"):
+        check_checkpoint(run / "checkpoint-6", model)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"peer": {"score": "relu"}}, "peer.score is 'softmax', the model has 'relu'"),
+        ({"peer": {"experts_per_head": 2}}, "peer.experts_per_head is 4, the model has 2"),
+        ({"peer": {"activation": "silu"}}, "peer.activation is 'gelu', the model has 'silu'"),
+        ({"num_attention_heads": 4}, "num_attention_heads is 2, the model has 4"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+            r"rope_parameters.rope_theta is 10000.0, the model has 5000.0",
+        ),
+        ({"mlp_layer_types": ["peer", "dense"]}, r"mlp_layer_types is \['dense', 'peer'\], the model has"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-06, the model has 1e-05"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_configuration_is_refused(run, other, message):
+    with pytest.raises(CheckpointError, match=f"checkpoint-6 belongs to another configuration: {message}"):
         check_checkpoint(run / "checkpoint-6", make_model(**other))
+
+
+def test_what_a_configuration_says_beside_its_meaning_may_differ(run):
+    model = make_model(peer={"backend": "reference"}, use_cache=False, output_routing=True)
+    check_checkpoint(run / "checkpoint-6", model)
+    stored = json.loads((run / "checkpoint-6" / "config.json").read_text())
+    assert stored["peer"]["backend"] == "auto"
+    stored |= {"transformers_version": "4.0.0", "dtype": "bfloat16", "architectures": None}
+    stored["peer"]["num_experts"], model.config.peer["num_experts"] = [8, 8], (8, 8)  # JSON has no tuples
+    (run / "checkpoint-6" / "config.json").write_text(json.dumps(stored))
+    check_checkpoint(run / "checkpoint-6", model)
 
 
 def test_a_checkpoint_among_those_of_another_configuration_is_found(run, tmp_path):

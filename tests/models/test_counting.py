@@ -1,5 +1,7 @@
 """Parameter counts against sums by hand, memory estimates, and the print-out."""
 
+import re
+
 import pytest
 import torch
 
@@ -83,14 +85,6 @@ def test_frozen_parameters_need_no_gradients(tiny_model):
     assert (memory.table_weights, memory.table_gradients, memory.table_optimizer) == (4 * TABLE, 0, 0)
 
 
-def test_sparse_gradients_are_bounded_by_the_tokens(tiny_model):
-    model = tiny_model()
-    model.model.layers[1].mlp.sparse_grad = True
-    assert memory_estimate(model).table_gradients == 4 * TABLE
-    assert memory_estimate(model, tokens_per_step=3).table_gradients == 3 * 8 * (2 * 16 * 4 + 8)
-    assert memory_estimate(model, tokens_per_step=1000).table_gradients == 64 * (2 * 16 * 4 + 8)
-
-
 def test_the_print_out_begins_with_one_line_of_figures(tiny_config):
     with torch.device("meta"):
         model = PeerForCausalLM(
@@ -99,6 +93,6 @@ def test_the_print_out_begins_with_one_line_of_figures(tiny_config):
     lines = repr(model).splitlines()
     assert lines[0].startswith("PeerForCausalLM 34.1M-A565K: ")
     assert "tables 134 MB, other weights " in lines[0]
-    assert "; training with AdamW adds " in lines[0]
+    assert re.search(r"; training adds gradients 13\d MB, AdamW state 27\d MB$", lines[0])
     assert lines[1] == "PeerForCausalLM("
     assert sum("AdamW" in line for line in lines) == 1

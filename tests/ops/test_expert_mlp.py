@@ -190,9 +190,6 @@ def test_double_backward_is_refused():
         grad.sum().backward()
 
 
-# --- mask ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("glu", [False, True])
 @pytest.mark.parametrize("dtypes", [(torch.float64,) * 3, (torch.float32, torch.bfloat16, torch.bfloat16)])
@@ -252,9 +249,6 @@ def test_a_token_that_is_not_finite_harms_no_other(value, dtype):
     assert torch.equal(broken[others], y[others])
 
 
-# --- autocast --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("of_table", [torch.float32, torch.bfloat16])
 def test_autocast_casts_tokens_and_gates_but_neither_table_nor_sums(of_table):
     x, indices, gates, experts = make_inputs(9, K=40, D=33, dtypes=(torch.float32, torch.float32, of_table))
@@ -283,9 +277,6 @@ def test_autocast_leaves_float64_alone(assert_close):
         y = expert_mlp(*inputs)
     assert y.dtype == torch.float64
     assert_close(y, naive(*inputs, "gelu"))
-
-
-# --- how it is computed ----------------------------------------------------------------------------------
 
 
 def test_the_same_bits_on_every_run_and_any_number_of_threads():
@@ -357,9 +348,6 @@ def test_scratch_memory_is_bounded(measure_peaks):
     # 2 MiB, a few times the inputs and outputs (2 MiB each in float64), and the allocator's own.
     for name, peak in peaks.items():
         assert peak < 16 * 2**20, f"{name}: {peak / 2**20:.0f} MiB"
-
-
-# --- arguments -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [-1, 7, 2**40])

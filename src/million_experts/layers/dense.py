@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
+from million_experts._arguments import check_choice, check_positive
 from million_experts._typing import Float
-from million_experts.layers.retrieval import check_choice, check_positive
 from million_experts.ops import ACTIVATIONS
 from million_experts.ops.reference import activate
 

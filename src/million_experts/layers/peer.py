@@ -8,8 +8,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
+from million_experts._arguments import check_choice
 from million_experts._typing import Bool, Float
-from million_experts.layers.retrieval import ProductKeyRetrieval, Routing, check_choice
+from million_experts.layers.retrieval import ProductKeyRetrieval, Routing
 from million_experts.ops import ACTIVATIONS, expert_mlp
 
 # (token, expert) pairs over which `reset_parameters` averages. The worst case, ReLU with GLU and one expert a

@@ -1,6 +1,7 @@
 """Product-key retrieval as a module: queries, two codebooks, the gates of the experts that are found."""
 
 import math
+import operator
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from million_experts._arguments import check_choice, check_positive, is_integer
 from million_experts._typing import Bool, Float
 from million_experts.layers.norm import MaskedBatchNorm
 from million_experts.ops import product_key_topk, resolve_backend
@@ -44,7 +46,8 @@ def factorise(num_experts: int | tuple[int, int] | list[int]) -> tuple[int, int]
         ValueError: not positive, or an int with no factorisation with n1 <= 4 * n2; the nearest sizes that
             work are named.
     """
-    if isinstance(num_experts, int) and not isinstance(num_experts, bool):
+    if is_integer(num_experts):
+        num_experts = operator.index(num_experts)  # type: ignore[arg-type]
         if num_experts < 1:
             raise ValueError(f"num_experts must be positive, got {num_experts}")
         n1, n2 = _most_square(num_experts)
@@ -60,12 +63,12 @@ def factorise(num_experts: int | tuple[int, int] | list[int]) -> tuple[int, int]
     if (
         not isinstance(num_experts, tuple | list)
         or len(num_experts) != 2
-        or not all(isinstance(n, int) and not isinstance(n, bool) for n in num_experts)
+        or not all(map(is_integer, num_experts))
     ):
         raise ValueError(f"num_experts must be an int or a pair of ints (n1, n2), got {num_experts!r}")
     if min(num_experts) < 1:
         raise ValueError(f"num_experts must be a pair of positive sizes, got {tuple(num_experts)}")
-    return num_experts[0], num_experts[1]
+    return operator.index(num_experts[0]), operator.index(num_experts[1])
 
 
 def _most_square(number: int) -> tuple[int, int]:
@@ -76,19 +79,6 @@ def _most_square(number: int) -> tuple[int, int]:
 def _usable(number: int) -> bool:
     n1, n2 = _most_square(number)
     return n1 <= 4 * n2
-
-
-def check_positive(**sizes: int) -> None:
-    """Raises ValueError that names the first size that is not a positive int."""
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be a positive int, got {size!r}")
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError that names what is allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 class ProductKeyRetrieval(nn.Module):

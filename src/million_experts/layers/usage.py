@@ -65,10 +65,12 @@ class ExpertUsage:
         """z [N], float64, summing to 1: of all heads together, or of one head.
 
         Raises:
-            ValueError: no real token has passed through the layer.
+            ValueError: no real token has passed through the layer, or one that is not finite has.
         """
         mass = self.mass.sum(0) if head is None else self.mass[head]
         total = mass.sum()
+        if not total.isfinite():
+            raise ValueError("the gate mass is not finite: the layer has met tokens with NaN or infinity")
         if not total > 0:
             raise ValueError("no expert has received any gate mass: run text through the layer first")
         return mass / total

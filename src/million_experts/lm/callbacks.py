@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -110,7 +111,7 @@ class ExpertUsageCallback(TrainerCallback):
     ) -> None:
         figures: dict[str, float] = {}
         for name, usage in self._usage.items():
-            if usage.tokens:
+            if usage.mass.sum() > 0:  # not where NaN came through either: the evaluation itself shows that
                 of_layer = usage.figures()
                 figures[f"expert_usage/{name}"] = of_layer.usage
                 figures[f"expert_unevenness/{name}"] = of_layer.unevenness
@@ -226,7 +227,8 @@ class InterruptCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+            self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

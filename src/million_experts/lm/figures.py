@@ -26,7 +26,9 @@ def loss_figure(
 
     Args:
         history: the trainer's log, with `step` and `loss` or `eval_loss` in nats per token.
-        bits_per_nat: factor from nats per token to bits per byte of the text.
+        bits_per_nat: factor from nats per token to bits per byte, the test split's for all: the splits differ
+            little in it. These losses are of packed blocks, in which a document may be cut; the yardsticks
+            and the test loss are of whole documents.
         yardsticks: label -> bits per byte, drawn as horizontal lines.
         path: where the PNG goes.
     """

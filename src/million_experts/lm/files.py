@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,15 @@ from typing import Any
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file so that its name never stands for half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with open(handle, "w", encoding="utf-8") as file:
+        with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
         os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def save_whole(save: Callable[[str], Any], folder: Path) -> None:
@@ -32,3 +29,17 @@ def save_whole(save: Callable[[str], Any], folder: Path) -> None:
     for file in sorted(partial.iterdir()):
         os.replace(file, folder / file.name)
     partial.rmdir()
+
+
+def make_folder(argument: str, folder: Path) -> None:
+    """Makes a folder that files can be written to.
+
+    Raises:
+        ValueError: it cannot be made or not be written to; `argument` is named.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{argument} {folder} cannot be made: {error.strerror or error}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{argument} {folder} must be a folder that can be written to")

@@ -6,6 +6,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
 from million_experts.lm.scoring import evaluation_mode
 
+TEMPERATURE, TOP_P = 0.8, 0.95
+
 
 def write_sample(
     model: Any,
@@ -13,8 +15,8 @@ def write_sample(
     prompt: str,
     max_new_tokens: int,
     seed: int,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
+    temperature: float = TEMPERATURE,
+    top_p: float = TOP_P,
 ) -> str:
     """The prompt and what the model writes after it; greedy where temperature is 0."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)

@@ -1,15 +1,18 @@
 """What a training run will need, before anything is allocated."""
 
+import math
 from pathlib import Path
 
 import psutil
 import torch
 
+from million_experts.layers.retrieval import factorise
 from million_experts.lm.settings import TrainSettings
 from million_experts.models import PeerConfig, memory_estimate
 
 # Resident memory of a process that has imported everything and trains nothing, measured.
 PROCESS_BYTES = 700 * 2**20
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def expected_peak(config: PeerConfig, settings: TrainSettings) -> int:
@@ -33,18 +36,28 @@ def expected_peak(config: PeerConfig, settings: TrainSettings) -> int:
     if config.peer is not None and layers:
         peer = tokens * config.peer["num_heads"] * config.peer["experts_per_head"] * 16 * 4
         peer *= 1 if settings.gradient_checkpointing else layers
+        # Gate mass by head and expert in float64: the callback's, and that of the final measurement.
+        peer += layers * 2 * config.peer["num_heads"] * math.prod(factorise(config.peer["num_experts"])) * 8
     return PROCESS_BYTES + memory_estimate(config).training + logits + activations + peer
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: what the system has free, within its control group's limit."""
+    """Bytes that this process may have in all: on a GPU what is free there, else what it holds already and
+    what the system can still give it, within the limit of its control group.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
     free = psutil.virtual_memory().available
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        cache = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        if limit != "max":
+            # Files that were read stay in the group's account until their memory is needed.
+            free = min(free, int(limit) - used + int(cache.get("inactive_file", 0)))
     except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+        pass  # no control group of the second version
+    return free + psutil.Process().memory_info().rss
 
 
 def takes_bfloat16(precision: str) -> bool:

@@ -16,7 +16,7 @@ from million_experts.layers import ExpertUsage
 from million_experts.lm.callbacks import retrieval_layers
 from million_experts.lm.figures import loss_figure, usage_figure
 from million_experts.lm.files import write_whole
-from million_experts.lm.generation import write_sample
+from million_experts.lm.generation import TEMPERATURE, write_sample
 from million_experts.lm.ngram import bigram_nats, unigram_nats
 from million_experts.lm.packing import TokenStream
 from million_experts.lm.scoring import Score, score_documents
@@ -34,11 +34,14 @@ def measure(
     streams: dict[str, TokenStream],
     history: list[dict[str, float]],
     training_seconds: float,
+    resumed_from_step: int = 0,
 ) -> dict[str, Any]:
-    """Measures a trained model on the test split, which nothing has read before.
+    """Measures a trained model on the test split, which nothing has been chosen by.
 
     Args:
         history: the trainer's log.
+        training_seconds: of this process; `resumed_from_step` says whether others trained before.
+        resumed_from_step: step of the checkpoint that this process went on from, 0 for none.
 
     Returns:
         What it writes to the run's `results.json`, beside the figures.
@@ -61,6 +64,7 @@ def measure(
         "parameters": {"label": count.label, "total": count.total, "active": count.active},
         "steps": settings.steps,
         "training_seconds": round(training_seconds, 1),
+        "resumed_from_step": resumed_from_step,
         "test": _figures(score),
         "yardsticks": {
             name: _figures(Score(nats, score.tokens, score.bytes)) for name, nats in yardsticks.items()
@@ -109,7 +113,9 @@ def print_results(results: dict[str, Any], console: Console) -> None:
             soft_wrap=True,
         )
     sample = escape(results["sample"])
-    console.print(f"\n[bold]Sample[/bold] (temperature 0.8)\n{sample}\n", highlight=False, soft_wrap=True)
+    console.print(
+        f"\n[bold]Sample[/bold] (temperature {TEMPERATURE})\n{sample}\n", highlight=False, soft_wrap=True
+    )
     console.print("Figures: " + ", ".join(results["figures"]), markup=False, soft_wrap=True)
 
 

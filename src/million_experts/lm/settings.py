@@ -1,7 +1,6 @@
 """Everything that `million-experts train` can be told, its documentation, and the presets."""
 
 import dataclasses
-import difflib
 import re
 import typing
 from dataclasses import dataclass, field
@@ -12,9 +11,11 @@ from typing import Any
 
 import yaml
 
+from million_experts._arguments import did_you_mean
 from million_experts.lm.files import write_whole
 
 SETTINGS_FILE = "settings.yaml"
+TABLE_RATE = 4  # times learning_rate, by default: it won by 0.06 nats in a first probe
 DEFAULT_CACHE = "~/.cache/million-experts"
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Those of transformers that need no arguments of their own.
@@ -52,8 +53,8 @@ class TrainSettings:
     data: list[str] = _option(
         ["wikipedia-leads"],
         "Data",
-        "Corpus: wikipedia-leads, state-of-the-union, a file, folder or glob of .txt, .jsonl or .parquet, "
-        "or hub:owner/name[:config]. Repeat for several.",
+        "Corpus: wikipedia-leads, state-of-the-union, a file, folder or glob of .txt (one document a file), "
+        ".jsonl, .json (also as .gz) or .parquet, or hub:owner/name[:config]. Repeat for several.",
     )
     text_column: str = _option("text", "Data", "Column of the text in JSONL, Parquet and hub data.")
     max_documents: int | None = _option(None, "Data", "Use only the first so many documents of each corpus.")
@@ -89,7 +90,7 @@ class TrainSettings:
     gradient_accumulation_steps: int = _option(1, "Training", "Micro-batches in a step.")
     learning_rate: float = _option(2e-3, "Training", "Peak learning rate of everything but expert tables.")
     table_learning_rate: float | None = _option(
-        None, "Training", "Peak learning rate of the expert tables; by default 4 x learning_rate."
+        None, "Training", f"Peak learning rate of the expert tables; by default {TABLE_RATE} x learning_rate."
     )
     weight_decay: float = _option(0.1, "Training", "Weight decay of matrices other than expert tables.")
     table_weight_decay: float = _option(0.0, "Training", "Weight decay of the expert tables.")
@@ -173,9 +174,7 @@ class TrainSettings:
         """
         for name in values:
             if name not in FIELD_TYPES:
-                close = difflib.get_close_matches(str(name), FIELD_TYPES, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"{source} has an unknown setting {name!r}{hint}")
+                raise ValueError(f"{source} has an unknown setting {name!r}{did_you_mean(name, FIELD_TYPES)}")
         return cls(**values)
 
     def with_overrides(self, overrides: dict[str, Any]) -> "TrainSettings":
@@ -242,7 +241,7 @@ def describe_type(kind: Any) -> str:
     """A type in words for an error message."""
     if isinstance(kind, UnionType):
         return " or ".join(describe_type(part) for part in typing.get_args(kind))
-    return "nothing" if kind is NoneType else str(getattr(kind, "__name__", kind))
+    return "none" if kind is NoneType else str(getattr(kind, "__name__", kind))
 
 
 def _coerce(value: Any, kind: Any) -> Any:

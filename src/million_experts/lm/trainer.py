@@ -1,6 +1,7 @@
 """transformers' Trainer with checkpoints that are whole or not there, and no training on after NaN."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -10,11 +11,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 _PARTIAL = ".partial-checkpoint"
+# What a configuration says beside what the model computes: how it was stored, and what it runs on or returns.
+_NO_MEANING = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "output_attentions",
+    "output_hidden_states",
+    "output_routing",
+    "peer.backend",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 
 
 class CheckpointError(ValueError):
@@ -78,8 +93,28 @@ class LanguageModelTrainer(Trainer):
         return FloatingPointError(
             f"the {what} became {float(value)} in step {self.state.global_step + 1}; training stopped before "
             "the step changed the weights. Try a lower learning_rate or table_learning_rate, more "
-            "warmup_steps, or precision float32"
+            "warmup_steps, or precision float32, in a run with another --output-dir"
         )
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        # A checkpoint brings along how often to log, evaluate and save; what is asked for now holds instead.
+        # transformers would warn that it does not.
+        logger = logging.getLogger("transformers.trainer_utils")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            done = super()._init_training_state(max_steps, *args, **kwargs)
+        finally:
+            logger.setLevel(level)
+        self.state.compute_steps(self.args, max_steps)
+        return done
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A tied tensor is stored under one of its names: the other is not missing.
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        absent = load_result.missing_keys
+        missing = [name for name in absent if tied.get(name, name) in absent]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers' own takes one step too many when it resumes from the last step's checkpoint.
@@ -99,12 +134,12 @@ def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def check_checkpoint(folder: Path, model: nn.Module) -> None:
+def check_checkpoint(folder: Path, model: PreTrainedModel) -> None:
     """Makes sure that a checkpoint can be read and fits the model, before anything is loaded from it.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the tensors are those of another configuration; the
-            newest checkpoint that is whole is named.
+        CheckpointError: a file is missing or damaged, or the configuration or the tensors are another
+            model's; the newest checkpoint that is whole is named.
     """
     fault = _fault(folder, model)
     if fault is None:
@@ -121,7 +156,7 @@ def check_checkpoint(folder: Path, model: nn.Module) -> None:
     )
 
 
-def _fault(folder: Path, model: nn.Module) -> str | None:
+def _fault(folder: Path, model: PreTrainedModel) -> str | None:
     """What keeps a checkpoint from being resumed, or None."""
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
@@ -145,10 +180,43 @@ def _fault(folder: Path, model: nn.Module) -> str | None:
         return "is not whole: it has no trainer_state.json"
     except ValueError as error:
         return f"is damaged: trainer_state.json cannot be read ({error})"
-    return _misfit(stored, model)
+    try:
+        # A file leaves out what is the default: only a configuration says everything.
+        config = type(model.config).from_dict(json.loads((folder / "config.json").read_text()))
+    except FileNotFoundError:
+        return "is not whole: it has no config.json"
+    except Exception as error:
+        return f"is damaged: config.json cannot be read ({str(error).splitlines()[0]})"
+    return _other_meaning(config, model.config) or _misfit(stored, model)
 
 
-def _misfit(stored: dict[str, tuple[int, ...]], model: nn.Module) -> str | None:
+def _other_meaning(stored: PreTrainedConfig, own: PreTrainedConfig) -> str | None:
+    """The first setting by which two configurations describe different models, or None.
+
+    Two models may hold the same tensors and compute different things with them.
+    """
+    theirs, ours = _meaning(stored), _meaning(own)
+    for name in ours | theirs:
+        if theirs.get(name) != ours.get(name):
+            return (
+                f"belongs to another configuration: {name} is {theirs.get(name)!r}, the model has "
+                f"{ours.get(name)!r}"
+            )
+    return None
+
+
+def _meaning(config: PreTrainedConfig) -> dict[str, Any]:
+    """The settings that decide what a model computes, as JSON holds them; those of a dict as `peer.score`."""
+    flat: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(config.to_dict())).items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    return {name: value for name, value in flat.items() if name not in _NO_MEANING}
+
+
+def _misfit(stored: dict[str, tuple[int, ...]], model: PreTrainedModel) -> str | None:
     """The first tensor that a checkpoint and a model do not share, or None. Tied tensors are stored once."""
     tensors = model.state_dict(keep_vars=True)
     present = {id(tensors[name]) for name in stored if name in tensors}

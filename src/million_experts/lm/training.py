@@ -22,11 +22,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from million_experts.lm.callbacks import ExpertUsageCallback, InterruptCallback, ProgressCallback
 from million_experts.lm.data import has_tokenizer, prepare_data
-from million_experts.lm.files import save_whole
+from million_experts.lm.files import make_folder, save_whole
 from million_experts.lm.memory import available_memory, expected_peak, takes_bfloat16
 from million_experts.lm.packing import PackedBlocks, TokenStream
 from million_experts.lm.report import RESULTS_FILE, measure, print_results
-from million_experts.lm.settings import SETTINGS_FILE, TrainSettings
+from million_experts.lm.settings import SETTINGS_FILE, TABLE_RATE, TrainSettings
 from million_experts.lm.trainer import LanguageModelTrainer, check_checkpoint, list_checkpoints
 from million_experts.models import PeerConfig, PeerForCausalLM, count_parameters, memory_estimate
 from million_experts.models.feed_forwards import FEED_FORWARDS
@@ -65,7 +65,8 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         return results
     print_plan(model_config(settings, settings.vocab_size), settings, console)
     _check_reporters(settings.report_to)
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder("output_dir", run)
+    make_folder("cache_dir", Path(settings.cache_dir).expanduser())
 
     streams, tokenizer = prepare_data(settings, run, console)
     set_seed(settings.seed)
@@ -73,9 +74,9 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     model = PeerForCausalLM(config)
     trainer = _make_trainer(settings, run, model, tokenizer, streams)
-    checkpoint = None
+    checkpoint, step = None, 0
     if found := list_checkpoints(run):
-        checkpoint = found[-1][1]
+        step, checkpoint = found[-1]
         check_checkpoint(checkpoint, model)
         console.print(f"Going on from {checkpoint}", style="bold", markup=False, soft_wrap=True)
     # From here on the folder is a run that can be resumed; what went wrong before has left no trace in it.
@@ -93,16 +94,16 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         interrupt.restore()
         progress.stop()
     if interrupt.interrupted:
-        command = f"million-experts train --output-dir {shlex.quote(str(run))} --resume"
         raise KeyboardInterrupt(
             f"Stopped after step {trainer.state.global_step} of {settings.steps}; "
-            f"the checkpoint is in {run}. Go on with: {command}"
+            f"the checkpoint is in {run}. Go on with: {_resume_command(run)}"
         )
     seconds = time.monotonic() - start
     trained = trainer.accelerator.unwrap_model(trainer.model)
     save_whole(trained.save_pretrained, run)
     with console.status("measuring on the test split"):
-        results = measure(settings, run, trained, tokenizer, streams, trainer.state.log_history, seconds)
+        history = trainer.state.log_history
+        results = measure(settings, run, trained, tokenizer, streams, history, seconds, step)
     print_results(results, console)
     return results
 
@@ -194,10 +195,14 @@ def _finished(run: Path, settings: TrainSettings, resume: bool) -> bool:
     if differences:
         raise ValueError(
             f"the run in {run} was started with other settings, so it cannot be resumed with these: "
-            + "; ".join(differences)
-            + ". Leave them out to go on with the run, or start another with another --output-dir"
+            f"{'; '.join(differences)}. Leave them out to go on with the run ({_resume_command(run)}), or "
+            "start another with another --output-dir"
         )
     return (run / RESULTS_FILE).exists()
+
+
+def _resume_command(run: Path) -> str:
+    return f"million-experts train --output-dir {shlex.quote(str(run))} --resume"
 
 
 def _make_trainer(
@@ -211,7 +216,7 @@ def _make_trainer(
     groups = parameter_groups(
         model,
         settings.learning_rate,
-        4 * settings.learning_rate if table_rate is None else table_rate,
+        TABLE_RATE * settings.learning_rate if table_rate is None else table_rate,
         settings.weight_decay,
         settings.table_weight_decay,
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import fields
 from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
+
+from million_experts._arguments import did_you_mean
 
 from .feed_forwards import FEED_FORWARDS, check_feed_forward, complete_arguments
 from .registration import register_models
@@ -121,7 +122,7 @@ class PeerConfig(PreTrainedConfig):
         """Raise ValueError if the attention's sizes do not fit together."""
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         heads = self.num_attention_heads
         head_dim = self.head_dim or self.hidden_size // heads
         if head_dim == self.hidden_size // heads and self.hidden_size % heads != 0:
@@ -149,11 +150,9 @@ class PeerConfig(PreTrainedConfig):
             )
         for kind in kinds:
             if kind not in FEED_FORWARDS:
-                close = difflib.get_close_matches(str(kind), FEED_FORWARDS, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise ValueError(
-                    f"mlp_layer_types has no kind {kind!r}.{hint} "
-                    f"Allowed: {', '.join(sorted(FEED_FORWARDS))}."
+                    f"mlp_layer_types has no kind {kind!r}{did_you_mean(kind, FEED_FORWARDS)}; "
+                    f"allowed: {', '.join(sorted(FEED_FORWARDS))}"
                 )
         for kind in FEED_FORWARDS:
             if getattr(self, kind) is not None:

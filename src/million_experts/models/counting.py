@@ -92,34 +92,25 @@ def count_parameters(model_or_config: nn.Module | PeerConfig) -> ParameterCount:
 
 
 def memory_estimate(
-    model_or_config: nn.Module | PeerConfig,
-    dtype: torch.dtype | None = None,
-    tokens_per_step: int | None = None,
+    model_or_config: nn.Module | PeerConfig, dtype: torch.dtype | None = None
 ) -> MemoryEstimate:
     """Estimate the bytes of weights, gradients and AdamW state.
 
     Args:
         model_or_config: a model, or the configuration of a `PeerForCausalLM`.
         dtype: dtype of the parameters; None takes each parameter's own.
-        tokens_per_step: tokens in a step. Bounds the gradients of tables with `sparse_grad`, which hold
-            only rows that were chosen (and an int64 index for each); without it they count as dense.
     """
     model = _as_model(model_or_config)
-    tables = {id(table): (table, rows) for table, rows in _tables(model)}
-    sparse = {id(m.experts) for m in model.modules() if isinstance(m, PEER) and m.sparse_grad}
+    tables = {id(table) for table, _ in _tables(model)}
     sizes = dict.fromkeys(MemoryEstimate.__dataclass_fields__, 0)
     for parameter in model.parameters():
         prefix = "table" if id(parameter) in tables else "other"
         element = parameter.element_size() if dtype is None else dtype.itemsize
         size = parameter.numel() * element
         sizes[f"{prefix}_weights"] += size
-        if not parameter.requires_grad:
-            continue
-        sizes[f"{prefix}_optimizer"] += 2 * size
-        if id(parameter) in sparse and tokens_per_step is not None:
-            rows = min(len(parameter), tokens_per_step * tables[id(parameter)][1])
-            size = rows * (size // len(parameter) + 8)
-        sizes[f"{prefix}_gradients"] += size
+        if parameter.requires_grad:
+            sizes[f"{prefix}_gradients"] += size
+            sizes[f"{prefix}_optimizer"] += 2 * size
     sizes["other_weights"] += sum(b.numel() * b.element_size() for b in model.buffers())
     return MemoryEstimate(**sizes)
 
@@ -128,9 +119,11 @@ def describe(model: nn.Module) -> str:
     """One line: the model's class, its label, and the memory that it takes."""
     memory = memory_estimate(model)
     tables, others = _bytes(memory.table_weights), _bytes(memory.other_weights)
+    gradients = memory.table_gradients + memory.other_gradients
+    moments = memory.table_optimizer + memory.other_optimizer
     return (
         f"{type(model).__name__} {count_parameters(model).label}: tables {tables}, other weights {others}; "
-        f"training with AdamW adds {_bytes(memory.training_adds)}"
+        f"training adds gradients {_bytes(gradients)}, AdamW state {_bytes(moments)}"
     )
 
 

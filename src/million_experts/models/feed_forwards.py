@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from million_experts._arguments import did_you_mean
 from million_experts.layers import PEER, DenseFeedForward
 
 __all__ = ["FEED_FORWARDS", "FeedForwardKind", "build_feed_forward", "complete_arguments"]
@@ -63,11 +63,9 @@ def complete_arguments(kind: str, given: Mapping[str, Any] | None) -> dict[str, 
     given = dict(given or {})
     for name in given:
         if name not in allowed:
-            close = difflib.get_close_matches(str(name), allowed, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"{kind}: {FEED_FORWARDS[kind].layer.__name__} has no argument {name!r}.{hint} "
-                f"Allowed: {', '.join(sorted(allowed))}."
+                f"{kind}: {FEED_FORWARDS[kind].layer.__name__} has no argument {name!r}"
+                f"{did_you_mean(name, allowed)}; allowed: {', '.join(sorted(allowed))}"
             )
     return {name: _tuples(value) for name, value in {**allowed, **given}.items()}
 

@@ -7,6 +7,7 @@
 import torch
 from torch import Tensor
 
+from million_experts._arguments import check_choice
 from million_experts._typing import Bool, Float, Int
 from million_experts.ops import library as _library  # noqa: F401  (registers torch.ops.million_experts)
 from million_experts.ops.backends import available_backends, resolve_backend
@@ -100,8 +101,7 @@ def expert_mlp(
         ValueError: a shape, dtype or activation that does not fit; the message names the argument.
         IndexError: an index outside [0, N).
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    check_choice("activation", activation, ACTIVATIONS)
     if x.dim() != 2:
         raise ValueError(f"x must have shape [T, D], got {list(x.shape)}")
     tokens, dim = x.shape

@@ -2,6 +2,7 @@
 
 from types import ModuleType
 
+from million_experts._arguments import check_choice
 from million_experts.ops import reference
 
 NAMES = ("auto", "reference", "cpu", "triton")
@@ -30,8 +31,7 @@ def resolve_backend(backend: str) -> str:
         ValueError: `backend` is not one of `NAMES`.
         BackendError: `backend` was asked for by name and cannot run here.
     """
-    if backend not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))}, got {backend!r}")
+    check_choice("backend", backend, NAMES)
     if backend == "auto":
         return next(iter(_IMPLEMENTATIONS))
     if backend not in _IMPLEMENTATIONS:

@@ -42,9 +42,6 @@ def _refuse_double_backward(name: str) -> None:
     torch.library.register_autograd(f"million_experts::{name}_backward", backward, lib=_LIBRARY)
 
 
-# --- retrieval -------------------------------------------------------------------------------------------
-
-
 def _topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     return implementation(backend).product_key_topk(query, keys1, keys2, k)
 
@@ -98,9 +95,6 @@ torch.library.register_autograd(
     "million_experts::product_key_topk", _topk_autograd, setup_context=_topk_setup, lib=_LIBRARY
 )
 _refuse_double_backward("product_key_topk")
-
-
-# --- experts ---------------------------------------------------------------------------------------------
 
 
 def _check_indices(indices: Tensor, num_experts: int) -> None:

@@ -54,9 +54,6 @@ def _chunks(length: int, bytes_each: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
-# --- what a table of rows can do -------------------------------------------------------------------------
-
-
 def dots(x_TD: Tensor, table_MD: Tensor, rows_TK: Tensor) -> Tensor:
     """[T, K] in x's dtype: x[t] . table[rows[t, k]]."""
     T, K = rows_TK.shape
@@ -118,9 +115,6 @@ def _segment_sums(weights_P: Tensor, x_TD: Tensor, tokens_P: Tensor, offsets: Te
     return F.embedding_bag(
         tokens_P, x_TD, offsets, per_sample_weights=weights_P, mode="sum", include_last_offset=True
     )
-
-
-# --- retrieval -------------------------------------------------------------------------------------------
 
 
 def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -190,9 +184,6 @@ def _half_backward(
     owners = torch.arange(T * H, device=rows.device).unsqueeze(1).expand(T * H, k)
     grads = accumulate(grad.flatten(), queries, owners.flatten(), rows.flatten(), len(table), keys.dtype)
     return grads.view_as(keys)
-
-
-# --- experts ---------------------------------------------------------------------------------------------
 
 
 def expert_mlp(
