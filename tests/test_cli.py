@@ -297,7 +297,7 @@ BAD_OPTIONS = [
     (["--vocab-size", "100"], 1, ["vocab_size must be at least 257", "got 100"]),
     (["--context", "50000"], 1, ["context=50000", "train split", "smaller context"]),
     (["--context", "2000"], 1, ["context=2000", "validation split", "validation_share"]),
-    (["--validation-share", "0.95"], 1, ["200 documents", "validation=0.95", "test=0.1"]),
+    (["--validation-share", "0.95"], 1, ["200 documents", "validation_share=0.95", "test_share=0.1"]),
 ]
 
 

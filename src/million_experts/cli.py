@@ -402,7 +402,7 @@ def _stream(
         return load_stream(data, text_column, tokenizer, cache_dir), ", ".join(data)
     if settings is None:
         raise ValueError(f"data must be given: {model} is no run with a test split of its own")
-    return load_test_stream(settings, tokenizer), "test split of the run"
+    return load_test_stream(settings, tokenizer, Path(model)), "test split of the run"
 
 
 def _context(model: "PreTrainedModel", context: int | None) -> int:

@@ -14,3 +14,9 @@ def _quick_initialisation() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("million_experts.layers.peer.INIT_PAIRS", 2**12)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _able_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Consoles that are told to be terminals still ask the environment which kind.
+    monkeypatch.setenv("TERM", "xterm")

@@ -9,7 +9,7 @@ import sys
 
 import datasets
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from million_experts.lm import corpora
 from million_experts.lm.corpora import CORPORA, licenses, load_corpora, load_corpus, split_documents
@@ -132,6 +132,34 @@ def test_hub_datasets_are_asked_for_by_name_and_configuration(monkeypatch, sourc
     assert asked == [(arguments, {"split": "train"})]
 
 
+def test_of_a_hub_dataset_no_more_is_fetched_than_asked_for(monkeypatch):
+    fetched = []
+
+    def rows():
+        for number in range(1000):
+            fetched.append(number)
+            yield {"title": "t", "text": f"document {number}"}
+
+    def load_dataset(path, config, *, split, streaming):
+        assert (path, config, split, streaming) == ("owner/streamed", "config", "train", True)
+        return IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(corpora, "load_dataset", load_dataset)
+    dataset = load_corpus("hub:owner/streamed:config", max_documents=3)
+    assert dataset["text"][:] == ["document 0", "document 1", "document 2"]
+    assert len(fetched) <= 4
+
+
+@pytest.mark.parametrize("max_documents", [None, 3])
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch, max_documents):
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("no route to the hub\nand more")
+
+    monkeypatch.setattr(corpora, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"data='hub:a/b' cannot be read from the hub.*no route to the hub$"):
+        load_corpus("hub:a/b", max_documents=max_documents)
+
+
 @pytest.mark.parametrize(
     "source", ["hub:", "hub:name", "hub:owner/", "hub:owner/name:", "hub:a/b:c:d", "hub:a/b/c"]
 )
@@ -229,10 +257,10 @@ def test_split_is_a_seeded_partition():
 def test_every_split_gets_a_document():
     splits = split_documents(numbered(3), seed=0)
     assert [len(split) for split in splits.values()] == [1, 1, 1]
-    with pytest.raises(ValueError, match=r"data has 2 documents, too few .* validation=0.05 and test=0.05"):
+    with pytest.raises(ValueError, match=r"2 documents, too few .* validation_share=0.05 .*give a folder"):
         split_documents(numbered(2), seed=0)
-    with pytest.raises(ValueError, match=r"data has 10 documents, too few .* validation=0.5 and test=0.5"):
+    with pytest.raises(ValueError, match=r"data has 10 documents, too few .* test_share=0.5"):
         split_documents(numbered(10), seed=0, validation=0.5, test=0.5)
     for shares in ({"validation": 0}, {"test": -0.1}, {"test": float("nan")}):
-        with pytest.raises(ValueError, match=f"{next(iter(shares))} must be a share above 0, got"):
+        with pytest.raises(ValueError, match=f"{next(iter(shares))}_share must be a share above 0, got"):
             split_documents(numbered(10), seed=0, **shares)

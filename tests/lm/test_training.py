@@ -137,7 +137,7 @@ def test_figures_of_the_end_are_right(finished, folder):
     assert results["steps"] == 16
     stored = TrainSettings.load(run / "settings.yaml")
     assert stored == make_settings(folder, run, report_to=["tensorboard"])
-    test = load_test_stream(stored, tokenizer)
+    test = load_test_stream(stored, tokenizer, run)
     score = score_documents(model, test, context=32)
     assert results["test"]["loss"] == pytest.approx(score.loss, rel=1e-5)
     assert (results["test"]["tokens"], results["test"]["bytes"]) == (score.tokens, score.bytes)

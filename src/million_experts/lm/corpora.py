@@ -92,7 +92,8 @@ def load_corpus(source: str, *, text_column: str = "text", max_documents: int | 
         dataset = dataset.filter(_has_text, input_columns="text", desc="Dropping empty documents")
     except UnicodeDecodeError as error:
         # Arrow took the bytes of a JSON or Parquet file as they came; the first reader finds out.
-        raise _not_utf8(source) or error from error
+        unnamed = ValueError(f"data={source!r} holds text that is not UTF-8: {error}")
+        raise _not_utf8(source) or unnamed from error
     if len(dataset) == 0:
         raise ValueError(f"data={source!r} has no documents, or only whitespace in them")
     if max_documents is not None and len(dataset) > max_documents:
@@ -118,7 +119,7 @@ def split_documents(
     Raises:
         ValueError: a share is not above 0, or there are too few documents for one in each split.
     """
-    for name, share in (("validation", validation), ("test", test)):
+    for name, share in (("validation_share", validation), ("test_share", test)):
         if not share > 0:
             raise ValueError(f"{name} must be a share above 0, got {share}")
     count = len(dataset)
@@ -126,8 +127,9 @@ def split_documents(
     train = count - sum(held_out)
     if train < 1:
         raise ValueError(
-            f"data has {count} documents, too few for one in each split with validation={validation} and "
-            f"test={test}"
+            f"data has {count} documents, too few for one in each split with validation_share={validation} "
+            f"and test_share={test}. A .txt file is one document: give a folder of them, or .jsonl with one "
+            "document a line"
         )
     order = np.random.default_rng(seed).permutation(count)
     parts = np.split(order, [train, train + held_out[0]])
@@ -154,11 +156,17 @@ def _load_hub(source: str, max_documents: int | None) -> Dataset:
     match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?::([\w.-]+))?", source)
     if match is None:
         raise ValueError(f"data={source!r} is not of the form hub:owner/name[:config]")
-    if max_documents is None:
-        return load_dataset(match[1], match[2], split="train")
-    return Dataset.from_generator(
-        _stream_hub, gen_kwargs={"path": match[1], "config": match[2], "count": max_documents}
-    )
+    try:
+        if max_documents is None:
+            return load_dataset(match[1], match[2], split="train")
+        arguments = {"path": match[1], "config": match[2], "count": max_documents}
+        return Dataset.from_generator(_stream_hub, gen_kwargs=arguments)
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(
+            f"data={source!r} cannot be read from the hub, which takes a network and a dataset of that name "
+            f"and configuration: {reason}"
+        ) from error
 
 
 def _stream_hub(path: str, config: str | None, count: int) -> Iterator[dict[str, object]]:

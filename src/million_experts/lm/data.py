@@ -1,25 +1,39 @@
-"""A run's text: loaded, split, tokenised."""
+"""A run's text: loaded, split, tokenised, and recognised when the run goes on."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import datasets
+import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from million_experts.lm.corpora import licenses, load_corpora, split_documents
+from million_experts.lm.files import write_whole
 from million_experts.lm.packing import TokenStream, tokenize_documents
 from million_experts.lm.settings import DEFAULT_CACHE, TrainSettings
 from million_experts.lm.tokenizer import train_tokenizer
 
 SPLITS = ("train", "validation", "test")
+DIGESTS_FILE = "splits.json"
 
 
 def prepare_data(
     settings: TrainSettings, run: Path, console: Console
 ) -> tuple[dict[str, TokenStream], PreTrainedTokenizerBase]:
+    """The token streams of a run's three splits, and its tokenizer: the run's own, or one trained here.
+
+    Nothing is written to the run's folder. The corpora's licences and sizes are printed.
+
+    Raises:
+        ValueError: a corpus that does not suit (see `load_corpus`), too little text for `context`, or other
+            text than the run was started with.
+    """
     for line in licenses(settings.data):
         console.print(f"licence  {line}", markup=False, highlight=False, soft_wrap=True)
-    with console.status("reading text"):
+    with console.status(f"reading {escape(', '.join(settings.data))}"):
         splits = _load_splits(settings)
     if has_tokenizer(run):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(run)
@@ -29,6 +43,8 @@ def prepare_data(
             tokenizer = train_tokenizer(texts, settings.vocab_size)
     with console.status("tokenising"):
         streams = {name: _tokenize(splits[name], tokenizer, settings.cache_dir) for name in SPLITS}
+    for name, stream in streams.items():
+        _recognise(run, name, stream)
     for name in ("train", "validation"):
         if len(streams[name]) < settings.context:
             raise ValueError(
@@ -56,9 +72,36 @@ def load_stream(
     return _tokenize(load_corpora(data, text_column=text_column), tokenizer, cache_dir)
 
 
-def load_test_stream(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
-    """The test split of the run with these settings."""
-    return _tokenize(_load_splits(settings)["test"], tokenizer, settings.cache_dir)
+def load_test_stream(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, run: Path) -> TokenStream:
+    """The test split of the run in a folder, with its settings.
+
+    Raises:
+        ValueError: the corpus is no longer the one that the run was started with.
+    """
+    stream = _tokenize(_load_splits(settings)["test"], tokenizer, settings.cache_dir)
+    _recognise(run, "test", stream)
+    return stream
+
+
+def remember_splits(run: Path, streams: dict[str, TokenStream]) -> None:
+    """Writes down which text a run was started with, unless that stands there already."""
+    if not (run / DIGESTS_FILE).exists():
+        digests = {name: _digest(stream) for name, stream in streams.items()}
+        write_whole(run / DIGESTS_FILE, json.dumps(digests, indent=1))
+
+
+def _recognise(run: Path, split: str, stream: TokenStream) -> None:
+    remembered = run / DIGESTS_FILE
+    if remembered.exists() and json.loads(remembered.read_text())[split] != _digest(stream):
+        raise ValueError(
+            f"data is not what the run in {run} was started with: its {split} split has other text. Bring "
+            "the old text back (relative paths count from this folder), or start another run with another "
+            "--output-dir"
+        )
+
+
+def _digest(stream: TokenStream) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(stream.tokens).data, digest_size=16).hexdigest()
 
 
 def _load_splits(settings: TrainSettings) -> dict[str, datasets.Dataset]:
@@ -76,5 +119,6 @@ def _tokenize(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, c
 
 
 def has_tokenizer(run: Path) -> bool:
+    """Whether a run's folder holds its tokenizer, whole."""
     # `save_whole` moves this file last, so the other one is there too.
     return (run / "tokenizer_config.json").exists()

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from million_experts.lm.callbacks import ExpertUsageCallback, InterruptCallback, ProgressCallback
-from million_experts.lm.data import has_tokenizer, prepare_data
+from million_experts.lm.data import has_tokenizer, prepare_data, remember_splits
 from million_experts.lm.files import make_folder, save_whole
 from million_experts.lm.memory import available_memory, expected_peak, takes_bfloat16
 from million_experts.lm.packing import PackedBlocks, TokenStream
@@ -81,6 +81,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         console.print(f"Going on from {checkpoint}", style="bold", markup=False, soft_wrap=True)
     # From here on the folder is a run that can be resumed; what went wrong before has left no trace in it.
     settings.save(run / SETTINGS_FILE)
+    remember_splits(run, streams)
     if not has_tokenizer(run):
         save_whole(tokenizer.save_pretrained, run)
     tokens = settings.tokens_per_micro_batch * settings.gradient_accumulation_steps
