@@ -312,7 +312,7 @@ def test_what_a_configuration_says_beside_its_meaning_may_differ(run):
     stored = json.loads((run / "checkpoint-6" / "config.json").read_text())
     assert stored["peer"]["backend"] == "auto"
     stored |= {"transformers_version": "4.0.0", "dtype": "bfloat16", "architectures": None}
-    stored["peer"]["num_experts"], model.config.peer["num_experts"] = [8, 8], (8, 8)  # JSON has no tuples
+    stored["peer"]["num_experts"], model.config.peer["num_experts"] = [8, 8], [8, 8]  # read, it is a tuple
     (run / "checkpoint-6" / "config.json").write_text(json.dumps(stored))
     check_checkpoint(run / "checkpoint-6", model)
 
