@@ -22,6 +22,7 @@ except ImportError as error:
         f'the command line needs {error.name}: pip install "million-experts[train,data]"'
     ) from error
 
+from million_experts.benchmarks.command import bench
 from million_experts.lm.settings import (
     DEFAULT_CACHE,
     FIELD_TYPES,
@@ -439,6 +440,9 @@ def _fail(message: str, code: int) -> NoReturn:
     one_line = " ".join(message.split())  # some of transformers' messages are paragraphs
     errors.print(one_line, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(code)
+
+
+app.command("bench")(_user_errors()(bench))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from million_experts._typing import Bool, Float
+from million_experts.ops import masked_batch_norm
 
 
 class MaskedBatchNorm(nn.Module):
@@ -49,7 +50,7 @@ class MaskedBatchNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
 
     def forward(
-        self, x: Float[Tensor, "T C"], mask: Bool[Tensor, " T"] | None = None
+        self, x: Float[Tensor, "T C"], mask: Bool[Tensor, " T"] | None = None, backend: str = "auto"
     ) -> Float[Tensor, "T C"]:
         """Normalises x [T, C] by the statistics of its real tokens (training) or the running ones (eval).
 
@@ -61,44 +62,35 @@ class MaskedBatchNorm(nn.Module):
         Raises:
             ValueError: fewer than two real tokens in training (none at all in an empty batch is fine).
         """
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if mask is not None:
-            x = torch.where(mask[:, None], x, 0)  # NaN there would reach the gradient of the weight
-        if not self.training:
-            mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
-        elif x.shape[0] == 0:
-            mean, var = x.new_zeros(self.num_features), x.new_ones(self.num_features)
-        else:
-            mean, var, count = self._statistics(x, mask)
+        if self.training and x.shape[0] > 0:
+            count = self._count(mask, x)
+            y, mean, variance = masked_batch_norm(x, mask, self.weight, self.bias, self.eps, backend)
             if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-                self._update(mean.detach(), var.detach(), count)
-        scale = torch.rsqrt(var + self.eps) * self.weight.to(x.dtype)
+                self._update(mean, variance, count)
+            return y
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean, variance = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
+        scale = torch.rsqrt(variance + self.eps) * self.weight.to(x.dtype)
         return (x - mean) * scale + self.bias.to(x.dtype)
 
-    def _statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _count(self, mask: Tensor | None, x: Tensor) -> Tensor | int:
+        """How many tokens are real; raises where they are too few for statistics."""
         if mask is None:
-            count = torch.full((), x.shape[0], dtype=x.dtype, device=x.device)
-            enough = x.shape[0] > 1
+            count: Tensor | int = x.shape[0]
+        elif torch.compiler.is_compiling():
+            count = mask.sum()
+            torch._assert_async(count > 1, _TOO_FEW)  # a branch on data would break the graph
+            return count
         else:
-            count = mask.sum().to(x.dtype)
-            if torch.compiler.is_compiling():
-                torch._assert_async(count > 1, _TOO_FEW)  # a branch on data would break the graph
-                enough = True
-            else:
-                enough = bool(count > 1)
-        if not enough:
+            count = int(mask.sum())
+        if count < 2:
             raise ValueError(
-                f"{_TOO_FEW}, got {int(count)} of {x.shape[0]}; "
-                "eval mode or query_norm='layer' take any number"
+                f"{_TOO_FEW}, got {count} of {x.shape[0]}; eval mode or query_norm='layer' take any number"
             )
-        mean = x.sum(0) / count
-        centred = x - mean
-        if mask is not None:
-            centred = torch.where(mask[:, None], centred, 0)
-        return mean, centred.square().sum(0) / count, count
+        return count
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    def _update(self, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
         unbiased = var * (count / (count - 1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)

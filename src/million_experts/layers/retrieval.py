@@ -192,7 +192,7 @@ class ProductKeyRetrieval(nn.Module):
             wide = torch.promote_types(x.dtype, weight.dtype)
             query = F.linear(x.to(wide), weight.to(wide))
         if isinstance(self.query_norm, MaskedBatchNorm):
-            query = self.query_norm(query, mask)
+            query = self.query_norm(query, mask, self.backend)
         query = query.unflatten(-1, (self.num_heads, self.key_dim))
         if isinstance(self.query_norm, nn.LayerNorm):
             norm = self.query_norm

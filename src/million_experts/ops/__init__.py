@@ -10,10 +10,18 @@ from torch import Tensor
 from million_experts._arguments import check_choice
 from million_experts._typing import Bool, Float, Int
 from million_experts.ops import library as _library  # noqa: F401  (registers torch.ops.million_experts)
+from million_experts.ops import library_layer as _library_layer  # noqa: F401
 from million_experts.ops.backends import available_backends, resolve_backend
 from million_experts.ops.reference import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "available_backends", "expert_mlp", "product_key_topk", "resolve_backend"]
+__all__ = [
+    "ACTIVATIONS",
+    "available_backends",
+    "expert_mlp",
+    "masked_batch_norm",
+    "product_key_topk",
+    "resolve_backend",
+]
 
 
 def product_key_topk(
@@ -61,7 +69,7 @@ def product_key_topk(
     smaller = min(keys1.shape[-2], keys2.shape[-2])
     if not 1 <= k <= smaller:
         raise ValueError(f"k must lie in [1, {smaller}], the size of the smaller codebook, got {k}")
-    return torch.ops.million_experts.product_key_topk(query, keys1, keys2, k, resolve_backend(backend))
+    return torch.ops.million_experts.product_key_topk(query, keys1, keys2, k, resolve_backend(backend, query.device.type))
 
 
 def expert_mlp(
@@ -116,17 +124,60 @@ def expert_mlp(
             f"gates must have the shape of indices, {list(indices.shape)}, got {list(gates.shape)}"
         )
     _check_floating(x=x, gates=gates, experts=experts)
-    if mask is not None and (mask.shape != (tokens,) or mask.dtype != torch.bool):
-        raise ValueError(
-            f"mask must be bool of shape [{tokens}] to fit x, got {mask.dtype} {list(mask.shape)}"
-        )
+    _check_mask(mask, tokens)
     if torch.is_autocast_enabled(x.device.type):
         low = torch.get_autocast_dtype(x.device.type)
         x, gates = (t if t.dtype == torch.float64 else t.to(low) for t in (x, gates))
     y, _ = torch.ops.million_experts.expert_mlp(
-        x, indices, gates, experts, mask, activation, resolve_backend(backend)
+        x, indices, gates, experts, mask, activation, resolve_backend(backend, x.device.type)
     )
     return y
+
+
+def masked_batch_norm(
+    x: Float[Tensor, "T C"],
+    mask: Bool[Tensor, " T"] | None,
+    weight: Float[Tensor, " C"],
+    bias: Float[Tensor, " C"],
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "T C"], Float[Tensor, " C"], Float[Tensor, " C"]]:
+    """Normalises each channel by the mean and variance of the real tokens, as BatchNorm does in training.
+
+    Args:
+        x: [T, C] tokens, at least one of them real.
+        mask: [T], True where the token is real, or None where all are. The others do not count, whatever
+            they hold, give zeros and get zero gradient.
+        weight: [C].
+        bias: [C].
+        eps: added to the variance.
+        backend: one of "auto", "reference", "cpu", "triton".
+
+    Returns:
+        y [T, C], and mean [C] and biased variance [C], which carry no gradient; all in float32, float64 where
+        x is float64. Double backward is not supported.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit; the message names the argument.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"x must have shape [T, C], got {list(x.shape)}")
+    tokens, channels = x.shape
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.shape != (channels,):
+            raise ValueError(f"{name} must have shape [{channels}] to fit x, got {list(tensor.shape)}")
+    _check_floating(x=x, weight=weight, bias=bias)
+    _check_mask(mask, tokens)
+    return torch.ops.million_experts.masked_batch_norm(
+        x, mask, weight, bias, eps, resolve_backend(backend, x.device.type)
+    )
+
+
+def _check_mask(mask: Tensor | None, tokens: int) -> None:
+    if mask is not None and (mask.shape != (tokens,) or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask must be bool of shape [{tokens}] to fit x, got {mask.dtype} {list(mask.shape)}"
+        )
 
 
 def _check_floating(**tensors: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Which implementations of the operations run here, and why the others do not."""
 
+import importlib
 from types import ModuleType
 
 from million_experts._arguments import check_choice
@@ -8,11 +9,15 @@ from million_experts.ops import reference
 NAMES = ("auto", "reference", "cpu", "triton")
 
 # Fastest first: "auto" takes the first one that runs.
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference}
-_UNAVAILABLE = {
-    "cpu": "this release has no C++ kernels",
-    "triton": "this release has no Triton kernels",
-}
+_IMPLEMENTATIONS: dict[str, ModuleType] = {}
+_UNAVAILABLE = {"triton": "this release has no Triton kernels"}
+try:
+    _IMPLEMENTATIONS["cpu"] = importlib.import_module("million_experts.ops.cpu")
+except ImportError as error:
+    _UNAVAILABLE["cpu"] = (
+        f"the C++ kernels were not built ({error}); install with a C++17 compiler at hand, or a wheel"
+    )
+_IMPLEMENTATIONS["reference"] = reference
 
 
 class BackendError(RuntimeError):
@@ -24,24 +29,31 @@ def available_backends() -> dict[str, str | None]:
     return {name: None if name in _IMPLEMENTATIONS else _UNAVAILABLE[name] for name in NAMES[1:]}
 
 
-def resolve_backend(backend: str) -> str:
-    """The name of the implementation that `backend` stands for.
+def resolve_backend(backend: str, device: str = "cpu") -> str:
+    """The name of the implementation that `backend` stands for, for tensors on a type of device.
 
     Raises:
         ValueError: `backend` is not one of `NAMES`.
-        BackendError: `backend` was asked for by name and cannot run here.
+        BackendError: `backend` was asked for by name and cannot run here, or not on this device.
     """
     check_choice("backend", backend, NAMES)
     if backend == "auto":
-        return next(iter(_IMPLEMENTATIONS))
+        return next(name for name, module in _IMPLEMENTATIONS.items() if _takes(module, device))
     if backend not in _IMPLEMENTATIONS:
         raise BackendError(
             f"backend {backend!r} cannot run here: {_UNAVAILABLE[backend]}; "
             f"backends that run here: {', '.join(_IMPLEMENTATIONS)}"
         )
+    if not _takes(_IMPLEMENTATIONS[backend], device):
+        raise BackendError(f"backend {backend!r} does not take tensors on {device}; use 'auto'")
     return backend
 
 
+def _takes(module: ModuleType, device: str) -> bool:
+    # A meta tensor has no data: every backend only says which shape it would give.
+    return device in ("meta", *module.DEVICES) or not module.DEVICES
+
+
 def implementation(backend: str) -> ModuleType:
-    """The module behind a resolved backend name; it has the four functions of `reference`."""
+    """The module behind a resolved backend name; it has the functions of `reference`."""
     return _IMPLEMENTATIONS[backend]

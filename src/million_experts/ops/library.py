@@ -1,5 +1,7 @@
 """The operations as PyTorch sees them: schema, fake and autograd, written once for all backends.
 
+This file has retrieval and the experts; `library_layer.py` has what else a layer needs.
+
 Forward and backward are separate functional operations, so `torch.compile`, `torch.export` and autocast see
 opaque calls with known shapes. `backend` is a resolved name (never "auto"). Shapes as in `reference`.
 """
@@ -10,13 +12,14 @@ from torch import Tensor
 from million_experts.ops.backends import implementation
 from million_experts.ops.reference import accumulation_dtype
 
-_LIBRARY = torch.library.Library("million_experts", "DEF")
+LIBRARY = torch.library.Library("million_experts", "DEF")
 
 
-def _define(name: str, schema: str, kernel, fake) -> None:
-    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"million_experts::{name}", fake, lib=_LIBRARY)
+def define(name: str, schema: str, kernel, fake) -> None:
+    """Registers an operation: `kernel` computes it, `fake` gives its outputs' shapes."""
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"million_experts::{name}", fake, lib=LIBRARY)
 
 
 def _without_autocast(kernel):
@@ -32,14 +35,15 @@ def _without_autocast(kernel):
     return run
 
 
-def _refuse_double_backward(name: str) -> None:
+def refuse_double_backward(name: str) -> None:
+    """Makes the second derivative of an operation an error; without it there would silently be none."""
     def backward(ctx, *grads):
         raise RuntimeError(
             f"{name} has no second derivative: double backward is not supported; "
             "call backward without create_graph=True"
         )
 
-    torch.library.register_autograd(f"million_experts::{name}_backward", backward, lib=_LIBRARY)
+    torch.library.register_autograd(f"million_experts::{name}_backward", backward, lib=LIBRARY)
 
 
 def _topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
@@ -62,13 +66,13 @@ def _topk_backward_fake(grad_scores, indices, query, keys1, keys2, backend):
     return tuple(t.new_empty(t.shape) for t in (query, keys1, keys2))
 
 
-_define(
+define(
     "product_key_topk",
     "(Tensor query, Tensor keys1, Tensor keys2, int k, str backend) -> (Tensor scores, Tensor indices)",
     _topk,
     _topk_fake,
 )
-_define(
+define(
     "product_key_topk_backward",
     "(Tensor grad_scores, Tensor indices, Tensor query, Tensor keys1, Tensor keys2, str backend)"
     " -> (Tensor grad_query, Tensor grad_keys1, Tensor grad_keys2)",
@@ -92,9 +96,9 @@ def _topk_autograd(ctx, grad_scores, grad_indices):
 
 
 torch.library.register_autograd(
-    "million_experts::product_key_topk", _topk_autograd, setup_context=_topk_setup, lib=_LIBRARY
+    "million_experts::product_key_topk", _topk_autograd, setup_context=_topk_setup, lib=LIBRARY
 )
-_refuse_double_backward("product_key_topk")
+refuse_double_backward("product_key_topk")
 
 
 def _check_indices(indices: Tensor, num_experts: int) -> None:
@@ -170,14 +174,14 @@ def _mlp_backward_fake(grad_y, x, indices, gates, experts, pre, mask, activation
     )
 
 
-_define(
+define(
     "expert_mlp",
     "(Tensor x, Tensor indices, Tensor gates, Tensor experts, Tensor? mask, str activation, str backend)"
     " -> (Tensor y, Tensor pre)",
     _mlp,
     _mlp_fake,
 )
-_define(
+define(
     "expert_mlp_backward",
     "(Tensor grad_y, Tensor x, Tensor indices, Tensor gates, Tensor experts, Tensor pre, Tensor? mask,"
     " str activation, bool[] needs, str backend)"
@@ -206,6 +210,6 @@ def _mlp_autograd(ctx, grad_y, grad_pre):
 
 
 torch.library.register_autograd(
-    "million_experts::expert_mlp", _mlp_autograd, setup_context=_mlp_setup, lib=_LIBRARY
+    "million_experts::expert_mlp", _mlp_autograd, setup_context=_mlp_setup, lib=LIBRARY
 )
-_refuse_double_backward("expert_mlp")
+refuse_double_backward("expert_mlp")

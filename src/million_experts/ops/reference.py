@@ -18,6 +18,9 @@ from torch import Tensor
 # Upper bound on the scratch memory that does not grow with the inputs or outputs.
 SCRATCH_BYTES = 64 * 2**20
 
+# Types of device whose tensors this backend takes; empty: all.
+DEVICES: tuple[str, ...] = ()
+
 ACTIVATIONS = ("gelu", "relu", "silu")
 
 # The first sparse tensor of a process warns that their support is in beta. `dots` uses one only to name
@@ -252,3 +255,41 @@ def expert_mlp_backward(
             weights_P.flatten(), sources, tokens_P.flatten(), rows_P.flatten(), N * R, experts.dtype
         ).view(N, R, D)
     return grad_x, grad_gates, grad_experts
+
+
+def masked_batch_norm(
+    x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `million_experts.ops.masked_batch_norm`."""
+    x, weight, bias = (t.to(accumulation_dtype(x)) for t in (x, weight, bias))
+    real = x if mask is None else x[mask]
+    mean = real.mean(0)
+    centred = real - mean
+    variance = centred.square().mean(0)
+    y = centred * (torch.rsqrt(variance + eps) * weight) + bias
+    if mask is not None:
+        y = _at_real_tokens(y, mask)
+    return y, mean, variance
+
+
+def _at_real_tokens(rows: Tensor, mask: Tensor) -> Tensor:
+    out = rows.new_zeros(len(mask), rows.shape[1])
+    out[mask] = rows
+    return out
+
+
+def masked_batch_norm_backward(
+    grad_y: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; none of a masked token's."""
+    dtype = mean.dtype
+    grad, real = grad_y.to(dtype), x.to(dtype)
+    if mask is not None:
+        grad, real = grad[mask], real[mask]
+    rstd = torch.rsqrt(variance + eps)
+    z = (real - mean) * rstd
+    grad_weight, grad_bias = (grad * z).sum(0), grad.sum(0)
+    grad_x = weight.to(dtype) * rstd * (grad - grad_bias / len(grad) - z * (grad_weight / len(grad)))
+    if mask is not None:
+        grad_x = _at_real_tokens(grad_x, mask)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)

@@ -1,0 +1,129 @@
+#include "memory.h"
+
+#include <map>
+#include <mutex>
+#include <new>
+#include <cstdlib>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#include <unistd.h>
+#define ME_MMAP 1
+#endif
+
+namespace million_experts {
+namespace {
+
+constexpr size_t huge_page = size_t{2} << 20;
+
+std::mutex mutex;
+std::multimap<size_t, void*> kept;  // size in whole pages -> buffer
+
+size_t whole_pages(size_t bytes) { return (bytes + huge_page - 1) / huge_page * huge_page; }
+
+#if defined(ME_MMAP)
+void* map(size_t bytes) {
+  // A huge page must start at a multiple of its size: map one more, and give back what is not needed.
+  const size_t wanted = bytes + huge_page;
+  void* mapping = mmap(nullptr, wanted, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapping == MAP_FAILED) throw std::bad_alloc();
+  char* const start = static_cast<char*>(mapping);
+  const size_t before = -reinterpret_cast<uintptr_t>(start) % huge_page;
+  if (before) munmap(start, before);
+  munmap(start + before + bytes, wanted - before - bytes);
+  advise_huge_pages(start + before, bytes);
+  return start + before;
+}
+void unmap(void* data, size_t bytes) { munmap(data, bytes); }
+#else
+void* map(size_t bytes) {
+  void* data = std::aligned_alloc(4096, bytes);
+  if (!data) throw std::bad_alloc();
+  return data;
+}
+void unmap(void* data, size_t) { std::free(data); }
+#endif
+
+// The part of an array that consists of whole pages.
+struct Pages {
+  char* start;
+  size_t bytes;
+  Pages(void* data, size_t size) {
+#if defined(ME_MMAP)
+    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+#else
+    const uintptr_t page = 4096;
+#endif
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + size) / page * page;
+    start = reinterpret_cast<char*>(first);
+    bytes = last > first ? last - first : 0;
+  }
+};
+
+}  // namespace
+
+void* take_buffer(size_t bytes) {
+  bytes = whole_pages(bytes);
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = kept.find(bytes);
+    if (found != kept.end()) {
+      void* data = found->second;
+      kept.erase(found);
+      return data;
+    }
+  }
+  return map(bytes);
+}
+
+void return_buffer(void* data, size_t bytes) {
+  bytes = whole_pages(bytes);
+#if defined(MADV_FREE)
+  madvise(data, bytes, MADV_FREE);
+#endif
+  const std::lock_guard<std::mutex> lock(mutex);
+  kept.emplace(bytes, data);
+}
+
+size_t release_buffers() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t total = 0;
+  for (const auto& [bytes, data] : kept) {
+    unmap(data, bytes);
+    total += bytes;
+  }
+  kept.clear();
+  return total;
+}
+
+size_t kept_bytes() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t total = 0;
+  for (const auto& entry : kept) total += entry.first;
+  return total;
+}
+
+bool advise_huge_pages(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const Pages pages(data, bytes);
+  return pages.bytes >= huge_page && madvise(pages.start, pages.bytes, MADV_HUGEPAGE) == 0;
+#else
+  (void)data, (void)bytes;
+  return false;
+#endif
+}
+
+bool collapse_to_huge_pages(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE) && defined(__linux__)
+  constexpr int madv_collapse = 25;  // Linux 6.1; older C libraries have no name for it
+  if (!advise_huge_pages(data, bytes)) return false;
+  const Pages pages(data, bytes);
+  return madvise(pages.start, pages.bytes, madv_collapse) == 0;
+#else
+  (void)data, (void)bytes;
+  return false;
+#endif
+}
+
+}  // namespace million_experts

@@ -1,0 +1,196 @@
+// Product-key retrieval: the k best of n1 * n2 sums of sub-key scores, and the gradient of the winners' scores.
+//
+// Sub-key scores are computed for a few queries at a time and searched while they are in the first cache. Both
+// halves' best come sorted, so the pair (a, b), counted from 0, has (a + 1) * (b + 1) pairs at least as good,
+// itself among them, and need not be looked at where that is more than k: of 16 x 16 sums 50 remain.
+
+#include "isa.h"
+#include "pairs.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "sub_keys.h"
+#include "topk.h"
+
+namespace million_experts {
+namespace {
+
+// Rows of queries that share a codebook, a few at a time: (t, h) for all t and h, or for all t of one head.
+struct QueryRows {
+  const Retrieval& a;
+  int64_t per_codebook, blocks_each, blocks;
+  static constexpr int64_t block = 8 * query_rows;
+
+  explicit QueryRows(const Retrieval& a)
+      : a(a), per_codebook(a.codebooks == 1 ? a.T * a.H : a.T), blocks_each((per_codebook + block - 1) / block),
+        blocks(blocks_each * a.codebooks) {}
+
+  // t * H + h of the i-th query of a codebook
+  int64_t row(int64_t codebook, int64_t i) const { return a.codebooks == 1 ? i : i * a.H + codebook; }
+};
+
+template <class A>
+void topk(const RetrievalForward& a) {
+  constexpr int P = panel_keys<A>;
+  const A* query = static_cast<const A*>(a.query);
+  A* scores = static_cast<A*>(a.scores);
+  const int64_t n[2] = {a.n1, a.n2}, d = a.d, k = a.k;
+  const int64_t panels[2] = {panels_of<A>(a.n1), panels_of<A>(a.n2)};
+  const int64_t all_panels = panels[0] + panels[1];
+
+  Scratch<A> packed(a.codebooks * all_panels * d * P);
+  parallel_items(a.threads, a.codebooks * all_panels, [&](int64_t item) {
+    const int64_t codebook = item / all_panels, panel = item % all_panels;
+    const bool second = panel >= panels[0];
+    const A* keys = static_cast<const A*>(second ? a.keys2 : a.keys1) + codebook * n[second] * d;
+    pack_panel(keys, n[second], d, second ? panel - panels[0] : panel, packed.data + item * d * P);
+  });
+
+  const PairList pairs(k);
+  const int64_t width = (panels[0] > panels[1] ? panels[0] : panels[1]) * P;
+  const PairScratchSizes<A> sizes(width, k, pairs.count);
+  Scratch<A> numbers(a.threads * (sizes.numbers + query_rows * width));
+  Scratch<int32_t> integers(a.threads * sizes.integers);
+  const QueryRows rows(a);
+  std::atomic<int64_t> next{0};
+  parallel(a.threads, [&](int thread, int) {
+    A* row_scores = numbers.data + thread * (sizes.numbers + query_rows * width);
+    PairScratch<A> scratch(sizes, row_scores + query_rows * width, integers.data + thread * sizes.integers);
+    for (;;) {
+      const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
+      if (item >= rows.blocks) return;
+      const int64_t codebook = item / rows.blocks_each, from = item % rows.blocks_each * QueryRows::block;
+      const int64_t to = from + QueryRows::block < rows.per_codebook ? from + QueryRows::block : rows.per_codebook;
+      for (int64_t i = from; i < to; i += query_rows) {
+        const int count = static_cast<int>(to - i < query_rows ? to - i : query_rows);
+        for (int half = 0; half < 2; ++half) {
+          const A* queries[query_rows] = {};
+          for (int r = 0; r < count; ++r) queries[r] = query + rows.row(codebook, i + r) * 2 * d + half * d;
+          const A* half_packed = packed.data + (codebook * all_panels + (half ? panels[0] : 0)) * d * P;
+          for (int64_t panel = 0; panel < panels[half]; ++panel) {
+            A* out[query_rows] = {};
+            for (int r = 0; r < count; ++r) out[r] = row_scores + r * width + panel * P;
+            score_rows(queries, count, d, half_packed + panel * d * P, out);
+          }
+          for (int r = 0; r < count; ++r) scratch.best_sub_keys(row_scores + r * width, n[half], k, half, r);
+        }
+        for (int r = 0; r < count; ++r) {
+          const int64_t row = rows.row(codebook, i + r);
+          scratch.best_pairs(pairs, k, a.n2, r, scores + row * k, a.indices + row * k);
+        }
+      }
+    }
+  });
+}
+
+// --- backward ----------------------------------------------------------------------------------------------
+
+constexpr int64_t partial_bytes = 32 << 20;
+
+// The picks of one query with equal sub-keys merged: a sub-key and the sum of its picks' gradients.
+template <class A>
+struct Picks {
+  int32_t* seen;  // [n], where in the list a sub-key stands; -1 between calls
+  int32_t* keys;  // [k]
+  A* grads;       // [k]
+  int64_t count = 0;
+
+  void add(int32_t key, A grad) {
+    int32_t& at = seen[key];
+    if (at < 0) {
+      at = static_cast<int32_t>(count);
+      keys[count] = key;
+      grads[count++] = grad;
+    } else {
+      grads[at] += grad;
+    }
+  }
+  void clear() {
+    for (int64_t i = 0; i < count; ++i) seen[keys[i]] = -1;
+    count = 0;
+  }
+};
+
+template <class A>
+inline void add_scaled(A* y, const A* x, A weight, int64_t d) {
+  int64_t at = 0;
+  for (; at + lanes<A> <= d; at += lanes<A>) store(y + at, Vec<A>(load(y + at) + splat(weight) * load(x + at)));
+  for (; at < d; ++at) y[at] += weight * x[at];
+}
+
+template <class A>
+void topk_backward(const RetrievalBackward& a) {
+  const A* query = static_cast<const A*>(a.query);
+  const A* keys[2] = {static_cast<const A*>(a.keys1), static_cast<const A*>(a.keys2)};
+  const A* grad_scores = static_cast<const A*>(a.grad_scores);
+  A* grad_query = static_cast<A*>(a.grad_query);
+  A* grad_keys[2] = {static_cast<A*>(a.grad_keys1), static_cast<A*>(a.grad_keys2)};
+  const int64_t n[2] = {a.n1, a.n2}, d = a.d, k = a.k, both = a.n1 + a.n2;
+  const int64_t rows = a.codebooks == 1 ? a.T * a.H : a.T;
+
+  // Each part of the queries sums into tables of its own, which are then added up in order. How many parts
+  // there are depends on the shape alone, so that the number of threads does not change a bit.
+  int64_t parts = rows / 256 < 16 ? rows / 256 : 16;
+  const int64_t room = partial_bytes / (a.codebooks * both * d * static_cast<int64_t>(sizeof(A)) + 1);
+  if (parts > room) parts = room;
+  if (parts < 1) parts = 1;
+  Scratch<A> tables(a.codebooks * parts * both * d);
+  const int64_t scratch_each = both + 2 * k;
+  Scratch<int32_t> integers(a.threads * scratch_each);
+  Scratch<A> numbers(a.threads * 2 * k);
+  std::atomic<int64_t> next{0};
+  parallel(a.threads, [&](int thread, int) {
+    int32_t* own = integers.data + thread * scratch_each;
+    A* own_numbers = numbers.data + thread * 2 * k;
+    Picks<A> picks[2] = {{own, own + both, own_numbers}, {own + a.n1, own + both + k, own_numbers + k}};
+    std::memset(own, 0xff, sizeof(int32_t) * static_cast<size_t>(both));
+    for (;;) {
+      const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
+      if (item >= a.codebooks * parts) return;
+      const int64_t codebook = item / parts, part = item % parts;
+      A* table[2] = {tables.data + item * both * d, tables.data + (item * both + a.n1) * d};
+      std::memset(table[0], 0, sizeof(A) * static_cast<size_t>(both * d));
+      for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
+        const int64_t row = a.codebooks == 1 ? i : i * a.H + codebook;
+        for (int64_t c = 0; c < k; ++c) {
+          const int64_t index = a.indices[row * k + c], first = index / a.n2;
+          picks[0].add(static_cast<int32_t>(first), grad_scores[row * k + c]);
+          picks[1].add(static_cast<int32_t>(index - first * a.n2), grad_scores[row * k + c]);
+        }
+        for (int half = 0; half < 2; ++half) {
+          A* gq = grad_query + (row * 2 + half) * d;
+          const A* q = query + (row * 2 + half) * d;
+          const A* codes = keys[half] + codebook * n[half] * d;
+          std::memset(gq, 0, sizeof(A) * static_cast<size_t>(d));
+          for (int64_t c = 0; c < picks[half].count; ++c) {
+            add_scaled(gq, codes + picks[half].keys[c] * d, picks[half].grads[c], d);
+            add_scaled(table[half] + picks[half].keys[c] * d, q, picks[half].grads[c], d);
+          }
+          picks[half].clear();
+        }
+      }
+    }
+  });
+  const int64_t slice = 4096;
+  for (int half = 0; half < 2; ++half) {
+    const int64_t size = n[half] * d, slices = (size + slice - 1) / slice;
+    parallel_items(a.threads, a.codebooks * slices, [&](int64_t item) {
+      const int64_t codebook = item / slices, from = item % slices * slice;
+      const int64_t count = size - from < slice ? size - from : slice;
+      A* out = grad_keys[half] + codebook * size + from;
+      const A* in = tables.data + (codebook * parts * both + (half ? a.n1 : 0)) * d + from;
+      std::memcpy(out, in, sizeof(A) * static_cast<size_t>(count));
+      for (int64_t part = 1; part < parts; ++part) add_scaled(out, in + part * both * d, A(1), count);
+    });
+  }
+}
+
+}  // namespace
+
+namespace ME_ISA {
+void product_key_topk(const RetrievalForward& a) { a.dtype_sum == DType::f64 ? topk<double>(a) : topk<float>(a); }
+void product_key_topk_backward(const RetrievalBackward& a) {
+  a.dtype_sum == DType::f64 ? topk_backward<double>(a) : topk_backward<float>(a);
+}
+}  // namespace ME_ISA
+
+}  // namespace million_experts

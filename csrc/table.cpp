@@ -1,0 +1,16 @@
+// The kernels of one instruction set, as one table.
+
+#include "isa.h"
+
+#define ME_TEXT_(name) #name
+#define ME_TEXT(name) ME_TEXT_(name)
+
+namespace million_experts::ME_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {ME_TEXT(ME_ISA),  expert_mlp_forward,        expert_mlp_backward,
+                         expert_mlp_table_grad, product_key_topk,     product_key_topk_backward,
+                         batch_norm,       batch_norm_backward,       layer_inference,
+                         random_read};
+
+}  // namespace million_experts::ME_ISA

@@ -1,0 +1,185 @@
+"""Figures of a run: how near the targets are, and time and memory against N, T, k."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from million_experts.benchmarks import cases
+from million_experts.benchmarks.cases import (
+    CENTRE,
+    COMPILED,
+    DENSE,
+    MIXTRAL,
+    OURS,
+    PEER_PYTORCH,
+    PKM,
+    REFERENCE,
+)
+from million_experts.benchmarks.report import format_bytes, format_seconds, outcomes
+from million_experts.benchmarks.targets import Row
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+# Colour and marker, so that lines can be told apart without colour too.
+STYLES = {
+    OURS: ("#2a6fb0", "o"),
+    REFERENCE: ("#7fb2dc", "o"),
+    COMPILED: ("#8e6bb0", "v"),
+    PEER_PYTORCH: ("#d9772b", "s"),
+    PKM: ("#3a9a5b", "D"),
+    MIXTRAL[0]: ("#b03a48", "^"),
+    MIXTRAL[1]: ("#de8f99", "^"),
+    DENSE: ("#777777", "x"),
+}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a figure has on its horizontal axis."""
+
+    group: str
+    argument: str
+    label: str
+    tick: Callable[[float], str]
+    about: str
+
+
+SWEEPS = (
+    Sweep(
+        "N", "num_experts", "experts in the pool, N", lambda n: f"{round(n**0.5)}²", "dim 256, k=16, T=2048"
+    ),
+    Sweep("T", "tokens", "tokens, T", lambda t: f"{t:.0f}", "dim 256, N=512², k=16"),
+    Sweep(
+        "k",
+        "experts_per_head",
+        "experts a token, K = 8k",
+        lambda k: f"{8 * k:.0f}",
+        "dim 256, N=512², T=2048",
+    ),
+)
+PANELS = (
+    ("forward", "median_s", "inference: time of a forward pass", format_seconds),
+    ("step", "median_s", "training: time of a step", format_seconds),
+    ("step", "peak_bytes", "training: peak memory above the start", lambda size: format_bytes(round(size))),
+)
+
+
+def draw_figures(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Draws what the rows suffice for, and returns the files."""
+    drawn = []
+    for sweep in SWEEPS:
+        path = folder / f"sweep-{sweep.group.lower()}.png"
+        if sweep_figure(sweep, rows, path):
+            drawn.append(path)
+    if targets_figure(rows, folder / "targets.png"):
+        drawn.append(folder / "targets.png")
+    return drawn
+
+
+def sweep_figure(sweep: Sweep, rows: Iterable[Row], path: Path) -> bool:
+    """A panel each for the time of inference, of a training step, and its memory; False with no points."""
+    points = [row for row in rows if row["status"] == "measured" and _on_sweep(sweep, row)]
+    # Layers without experts have no N and no k: theirs are those of the case that they were measured in.
+    places = {row["case"]: row["shape"][sweep.argument] for row in points if sweep.argument in row["shape"]}
+    if len(places) < 2:
+        return False
+    figure, panels = plt.subplots(1, len(PANELS), figsize=(13.5, 4.6), layout="constrained")
+    for axes, (phase, quantity, title, text) in zip(panels, PANELS, strict=True):
+        for name, (color, marker) in STYLES.items():
+            line = _line(points, places, name, phase, quantity)
+            if not line:
+                continue
+            x = [place for place, _ in line]
+            width = 2.4 if name == OURS else 1.4
+            axes.plot(
+                x, [row[quantity] for _, row in line], color=color, marker=marker, lw=width, ms=5, label=name
+            )
+            if quantity == "median_s":
+                axes.fill_between(
+                    x,
+                    [r["q1_s"] for _, r in line],
+                    [r["q3_s"] for _, r in line],
+                    color=color,
+                    alpha=0.2,
+                    lw=0,
+                )
+        axes.set(xscale="log", xlabel=sweep.label, title=title)
+        axes.set_yscale("log", base=4 if quantity == "peak_bytes" else 10)  # 4: round numbers of MiB
+        ticks = sorted(set(places.values()))
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: sweep.tick(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _, text=text: text(value)))
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"{sweep.about}, 8 heads, float32", fontsize=11)
+    _save(figure, path)
+    return True
+
+
+def _line(
+    points: Iterable[Row], places: Mapping[str, Any], name: str, phase: str, quantity: str
+) -> list[tuple[float, Row]]:
+    found = [
+        (places[row["case"]], row)
+        for row in points
+        if row["competitor"] == name and row["phase"] == phase and row[quantity] and row["case"] in places
+    ]
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _on_sweep(sweep: Sweep, row: Row) -> bool:
+    """A point of the sweep itself, or the central case, which lies on all of them."""
+    centre = next(c.name for c in cases.SWEEP_CASES if _is_centre(c.competitors[0].arguments))
+    return row.get("group") == sweep.group or row["case"] == centre
+
+
+def _is_centre(shape: Mapping[str, Any]) -> bool:
+    return all(shape[name] == value for name, value in CENTRE.items())
+
+
+def targets_figure(rows: Sequence[Row], path: Path) -> bool:
+    """Each target's ratio as a share of its bound: bars that end left of 1 are within; False without any."""
+    found = [outcome for outcome in outcomes(rows) if outcome.ratio is not None]
+    if not found:
+        return False
+    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.42 * len(found)), layout="constrained")
+    for place, outcome in enumerate(found):
+        target, ratio = outcome.target, outcome.ratio or 0.0
+        shares = [target.worse_by(value, target.bound) + 1 for value in (ratio, outcome.low, outcome.high)]
+        axes.plot([shares[0]], [place], "o", color="#2a6fb0" if outcome.met else "#b03a48", ms=8)
+        axes.hlines(place, min(shares[1:]), max(shares[1:]), color="#777777", lw=2, zorder=0)
+        sign = "≥" if target.at_least else "≤"
+        axes.annotate(
+            f"{ratio:.3g} (target {sign} {target.bound:.3g})",
+            (shares[0], place),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axes.axvline(1, color="#777777", ls="--", lw=1)
+    axes.set_yticks(range(len(found)), [outcome.target.name for outcome in found])
+    axes.invert_yaxis()
+    axes.margins(x=0.2, y=0.1)
+    axes.set(xscale="log", xlabel="ratio as a share of its bound (left of 1: met)")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+    )
+    axes.tick_params(axis="x", which="minor", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+    return True
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=140)
+    plt.close(figure)

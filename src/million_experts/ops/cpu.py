@@ -1,0 +1,325 @@
+"""The operations by the C++ kernels in csrc/: tensors are made contiguous and handed over as addresses.
+
+Shapes as in `reference`. The kernels run on torch's own OpenMP threads and give the same bits for any number of
+them. `docs/kernels.md` explains how they work.
+"""
+
+import ctypes
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from million_experts.ops import _kernels
+from million_experts.ops.reference import ACTIVATIONS, accumulation_dtype
+
+DEVICES = ("cpu",)
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# From this size on a table's gradient lies in a buffer that is kept when it is freed.
+KEPT_BYTES = 8 * 2**20
+# From this size on a table is put on huge pages.
+HUGE_BYTES = 32 * 2**20
+
+# Experts that tokens meet together, where they share enough of them: as many as fill about half the second cache.
+BLOCK_BYTES = 2**20
+TILE_TOKENS = 1024
+BLOCK_REUSE = 2.0
+
+
+def _find_openmp() -> str | None:
+    """Path of the OpenMP runtime that torch brought into this process; the kernels must not bring a second."""
+    pattern = re.compile(r"/lib(gomp|iomp5|omp)[^/]*\.(so|dylib)[^/]*$")
+    if sys.platform == "linux":
+        with open("/proc/self/maps") as maps:
+            loaded = {line.split(maxsplit=5)[5].strip() for line in maps if line.count(" ") > 4 and "/" in line}
+    else:
+        loaded = {str(path) for path in (Path(torch.__file__).parent / "lib").iterdir()}
+    found = sorted(path for path in loaded if pattern.search(path))
+    home = str(Path(torch.__file__).parent)  # torch/lib and torch.libs, before what other packages loaded
+    return next((path for path in found if path.startswith(home)), found[0] if found else None)
+
+
+def _use_openmp() -> str | None:
+    path = _find_openmp()
+    if path is None:
+        return None
+    library = ctypes.CDLL(path)
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    try:
+        entries = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
+    except AttributeError:
+        return None
+    _kernels.use_openmp(*entries)
+    return path
+
+
+#: Path of the OpenMP runtime in use, or None: then the kernels run on one thread.
+OPENMP = _use_openmp()
+
+
+def instruction_sets() -> list[str]:
+    """Instruction sets that the kernels were built for and this processor has, slowest first."""
+    return _kernels.instruction_sets()
+
+
+def instruction_set() -> str:
+    """The instruction set in use; by default the last of `instruction_sets`."""
+    return _kernels.instruction_set()
+
+
+def use_instruction_set(name: str) -> None:
+    """Makes every kernel use the named instruction set from now on.
+
+    Raises:
+        ValueError: it is not one of `instruction_sets()`.
+    """
+    if name not in instruction_sets():
+        raise ValueError(f"name must be one of {', '.join(instruction_sets())}, got {name!r}")
+    _kernels.use_instruction_set(name)
+
+
+def release_buffers() -> int:
+    """Frees the gradient buffers that are kept for reuse and not in use now; returns their bytes."""
+    return _kernels.release_buffers()
+
+
+def threads() -> int:
+    return torch.get_num_threads() if OPENMP else 1
+
+
+def block_experts(tokens: int, experts_per_token: int, num_experts: int, expert_bytes: int) -> int:
+    """How many experts a tile of tokens meets before it goes on to the next; all of them: token by token.
+
+    Going block by block reads an expert from memory once for a tile of tokens instead of once for each token,
+    and costs a sort of the pairs and more visits to each token. It pays once a tile has enough tokens for an
+    expert; `docs/kernels.md` has the measurement.
+    """
+    reuse = min(tokens, TILE_TOKENS) * experts_per_token / max(1, num_experts)
+    if reuse < BLOCK_REUSE or num_experts * expert_bytes <= BLOCK_BYTES:
+        return num_experts
+    return min(num_experts, max(1, BLOCK_BYTES // expert_bytes))
+
+
+_seen_tables: dict[int, int] = {}
+
+
+def advise_huge_pages(tensor: Tensor) -> bool:
+    """Asks the system for huge pages under a large tensor on the CPU that nobody has written to yet."""
+    if tensor.device.type != "cpu" or tensor.nbytes < HUGE_BYTES:
+        return False
+    return _kernels.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+
+def _large_empty(like: Tensor) -> Tensor:
+    """An uninitialised tensor; a large one on huge pages and in memory that was used before, if there is any."""
+    if like.nbytes < KEPT_BYTES:
+        return torch.empty(like.shape, dtype=like.dtype)
+    return _kernels.buffer(like.nbytes).view(like.dtype).view(like.shape)
+
+
+def _sum_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).contiguous()
+
+
+def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See `million_experts.ops.product_key_topk`."""
+    T, H = query.shape[:2]
+    dtype = accumulation_dtype(query, keys1, keys2)
+    query, keys1, keys2 = (_sum_tensor(t, dtype) for t in (query, keys1, keys2))
+    scores = torch.empty(T, H, k, dtype=dtype)
+    indices = torch.empty(T, H, k, dtype=torch.int64)
+    _kernels.product_key_topk(
+        *_retrieval_arguments(query, keys1, keys2, k), scores.data_ptr(), indices.data_ptr()
+    )
+    return scores, indices
+
+
+def _retrieval_arguments(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tuple[int, ...]:
+    T, H, _, d = query.shape
+    codebooks = 1 if keys1.dim() == 2 else H
+    return (
+        _DTYPES[query.dtype], T, H, d, keys1.shape[-2], keys2.shape[-2], k, codebooks,
+        query.data_ptr(), keys1.data_ptr(), keys2.data_ptr(), threads(),
+    )  # fmt: skip
+
+
+def product_key_topk_backward(
+    grad_scores: Tensor, indices: Tensor, query: Tensor, keys1: Tensor, keys2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, keys1 and keys2; only the selected sub-keys get any."""
+    dtype = accumulation_dtype(grad_scores, query, keys1, keys2)
+    inputs = [_sum_tensor(t, dtype) for t in (query, keys1, keys2)]
+    grads = [torch.empty(t.shape, dtype=dtype) for t in inputs]
+    grad_scores, indices = _sum_tensor(grad_scores, dtype), indices.contiguous()
+    _kernels.product_key_topk_backward(
+        *_retrieval_arguments(*inputs, indices.shape[-1]),
+        grad_scores.data_ptr(),
+        indices.data_ptr(),
+        *(grad.data_ptr() for grad in grads),
+    )
+    grad_query, grad_keys1, grad_keys2 = (
+        grad.to(t.dtype) for grad, t in zip(grads, (query, keys1, keys2), strict=True)
+    )
+    return grad_query, grad_keys1, grad_keys2
+
+
+def _expert_arguments(
+    indices: Tensor, gates: Tensor, experts: Tensor, dtype: torch.dtype, activation: str
+) -> tuple[int, ...]:
+    T, K = indices.shape
+    N, R, D = experts.shape
+    block = block_experts(T, K, N, R * D * experts.element_size())
+    return (
+        _DTYPES[dtype], _DTYPES[experts.dtype], ACTIVATIONS.index(activation), T, K, N, R, D,
+        indices.data_ptr(), gates.data_ptr(), experts.data_ptr(), block, threads(),
+    )  # fmt: skip
+
+
+def expert_mlp(
+    x: Tensor, indices: Tensor, gates: Tensor, experts: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """See `million_experts.ops.expert_mlp`; also returns the pre-activations [R - 1, T, K] for backward."""
+    dtype = accumulation_dtype(x, gates, experts)
+    wide_x, wide_gates = _sum_tensor(x, dtype), _sum_tensor(gates, dtype)
+    indices, experts = indices.contiguous(), experts.contiguous()
+    y = torch.empty(x.shape, dtype=dtype)
+    pre = torch.empty(experts.shape[1] - 1, *indices.shape, dtype=dtype)
+    _kernels.expert_mlp_forward(
+        *_expert_arguments(indices, wide_gates, experts, dtype, activation),
+        wide_x.data_ptr(),
+        y.data_ptr(),
+        pre.data_ptr(),
+    )
+    return y.to(x.dtype), pre
+
+
+def expert_mlp_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    experts: Tensor,
+    pre: Tensor,
+    activation: str,
+    needs_x: bool,
+    needs_gates: bool,
+    needs_experts: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, gates and experts; an empty tensor for each that is not needed."""
+    dtype = pre.dtype
+    wide_grad_y, wide_gates, pre = (_sum_tensor(t, dtype) for t in (grad_y, gates, pre))
+    indices, experts = indices.contiguous(), experts.contiguous()
+    arguments = _expert_arguments(indices, wide_gates, experts, dtype, activation)
+    none = torch.empty(0, dtype=dtype)
+    grad_x = torch.empty(x.shape, dtype=dtype) if needs_x else none
+    grad_gates = torch.empty(gates.shape, dtype=dtype) if needs_gates else none
+    weights = torch.empty(*indices.shape, experts.shape[1], dtype=dtype) if needs_experts else none
+    _kernels.expert_mlp_backward(
+        *arguments,
+        wide_grad_y.data_ptr(),
+        pre.data_ptr(),
+        *(t.data_ptr() if needed else 0
+          for t, needed in ((grad_x, needs_x), (grad_gates, needs_gates), (weights, needs_experts))),
+    )  # fmt: skip
+    grad_experts = experts.new_empty(0)
+    if needs_experts:
+        wide_x = _sum_tensor(x, dtype)
+        grad_experts = _large_empty(experts)
+        _kernels.expert_mlp_table_grad(
+            *arguments,
+            wide_x.data_ptr(),
+            wide_grad_y.data_ptr(),
+            weights.data_ptr(),
+            grad_experts.data_ptr(),
+        )
+    return grad_x.to(x.dtype), grad_gates.to(gates.dtype), grad_experts
+
+
+def _mask_address(mask: Tensor | None) -> int:
+    return 0 if mask is None else mask.data_ptr()
+
+
+def masked_batch_norm(
+    x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `million_experts.ops.masked_batch_norm`."""
+    dtype = accumulation_dtype(x)
+    x, weight, bias = (_sum_tensor(t, dtype) for t in (x, weight, bias))
+    mask = mask if mask is None else mask.contiguous()
+    y, mean, variance = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    _kernels.batch_norm(
+        _DTYPES[dtype], *x.shape, x.data_ptr(), _mask_address(mask), weight.data_ptr(), bias.data_ptr(), eps,
+        threads(), y.data_ptr(), mean.data_ptr(), variance.data_ptr(),
+    )  # fmt: skip
+    return y, mean, variance
+
+
+def masked_batch_norm_backward(
+    grad_y: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; none of a masked token's."""
+    dtype = mean.dtype
+    grad_y, wide_x, wide_weight = (_sum_tensor(t, dtype) for t in (grad_y, x, weight))
+    mask = mask if mask is None else mask.contiguous()
+    grad_x = torch.empty_like(wide_x)
+    grad_weight, grad_bias = torch.empty_like(wide_weight), torch.empty_like(wide_weight)
+    _kernels.batch_norm_backward(
+        _DTYPES[dtype], *x.shape, grad_y.data_ptr(), wide_x.data_ptr(), _mask_address(mask),
+        wide_weight.data_ptr(), mean.data_ptr(), variance.data_ptr(), eps, threads(), grad_x.data_ptr(),
+        grad_weight.data_ptr(), grad_bias.data_ptr(),
+    )  # fmt: skip
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+_QUERY_NORMS = ("none", "batch", "layer")
+_SCORES = ("softmax", "sigmoid", "relu")
+
+
+def layer_inference(
+    x: Tensor,
+    query_weight: Tensor,
+    query_norm: str,
+    norm: list[Tensor],
+    eps: float,
+    keys1: Tensor,
+    keys2: Tensor,
+    experts: Tensor,
+    num_heads: int,
+    k: int,
+    score: str,
+    activation: str,
+) -> Tensor:
+    """A PEER layer's output [T, D] for x [T, D] in eval mode: meant for few tokens, one above all.
+
+    All tensors are float32, but for the experts, which may be narrower. `norm` has weight and bias of the query
+    norm, for "batch" followed by the running mean and variance; nothing for "none".
+    """
+    T, D = x.shape
+    N, R, _ = experts.shape
+    x, query_weight, keys1, keys2, experts = (t.contiguous() for t in (x, query_weight, keys1, keys2, experts))
+    norm = [t.contiguous() for t in norm]
+    norm_addresses = [t.data_ptr() for t in norm] + [0] * (4 - len(norm))
+    y = torch.empty(T, D)
+    _kernels.layer_inference(
+        T, D, num_heads, k, keys1.shape[-1], keys1.shape[-2], keys2.shape[-2],
+        1 if keys1.dim() == 2 else num_heads, R, x.data_ptr(), query_weight.data_ptr(),
+        _QUERY_NORMS.index(query_norm), *norm_addresses, eps, keys1.data_ptr(), keys2.data_ptr(),
+        _SCORES.index(score), ACTIVATIONS.index(activation), _DTYPES[experts.dtype], experts.data_ptr(),
+        y.data_ptr(), threads(),
+    )  # fmt: skip
+    return y
+
+
+def random_row_read(table: Tensor, rows: Tensor) -> int:
+    """Reads whole rows of a table [M, C] at `rows` int64 and returns a checksum.
+
+    The fastest way known here: what `expert_mlp` is measured against.
+    """
+    table, rows = table.contiguous(), rows.contiguous()
+    row_bytes = math.prod(table.shape[1:]) * table.element_size()
+    return _kernels.random_read(table.data_ptr(), row_bytes, rows.data_ptr(), rows.numel(), threads())

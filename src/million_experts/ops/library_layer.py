@@ -1,0 +1,110 @@
+"""What a layer needs beside retrieval and experts, as PyTorch sees it: BatchNorm with a mask, and the whole
+layer for a few tokens without gradients."""
+
+import torch
+from torch import Tensor
+
+from million_experts.ops.backends import implementation
+from million_experts.ops.library import LIBRARY, define, refuse_double_backward
+from million_experts.ops.reference import accumulation_dtype
+
+
+def _norm(
+    x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation(backend).masked_batch_norm(x, mask, weight, bias, eps)
+
+
+def _norm_fake(x, mask, weight, bias, eps, backend):
+    dtype = accumulation_dtype(x)
+    statistic = x.new_empty(x.shape[1], dtype=dtype)
+    return x.new_empty(x.shape, dtype=dtype), statistic, torch.empty_like(statistic)
+
+
+def _norm_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation(backend).masked_batch_norm_backward(grad_y, x, mask, weight, mean, variance, eps)
+
+
+def _norm_backward_fake(grad_y, x, mask, weight, mean, variance, eps, backend):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+define(
+    "masked_batch_norm",
+    "(Tensor x, Tensor? mask, Tensor weight, Tensor bias, float eps, str backend)"
+    " -> (Tensor y, Tensor mean, Tensor variance)",
+    _norm,
+    _norm_fake,
+)
+define(
+    "masked_batch_norm_backward",
+    "(Tensor grad_y, Tensor x, Tensor? mask, Tensor weight, Tensor mean, Tensor variance, float eps,"
+    " str backend) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    _norm_backward,
+    _norm_backward_fake,
+)
+
+
+def _norm_setup(ctx, inputs, output) -> None:
+    x, mask, weight, _, ctx.eps, ctx.backend = inputs
+    _, mean, variance = output
+    ctx.save_for_backward(x, mask, weight, mean, variance)
+    ctx.mark_non_differentiable(mean, variance)
+    ctx.set_materialize_grads(False)
+
+
+def _norm_autograd(ctx, grad_y, grad_mean, grad_variance):
+    if grad_y is None:
+        return (None,) * 6
+    grad_x, grad_weight, grad_bias = torch.ops.million_experts.masked_batch_norm_backward(
+        grad_y, *ctx.saved_tensors, ctx.eps, ctx.backend
+    )
+    return grad_x, None, grad_weight, grad_bias, None, None
+
+
+torch.library.register_autograd(
+    "million_experts::masked_batch_norm", _norm_autograd, setup_context=_norm_setup, lib=LIBRARY
+)
+refuse_double_backward("masked_batch_norm")
+
+
+def _inference(
+    x: Tensor,
+    query_weight: Tensor,
+    query_norm: str,
+    norm: list[Tensor],
+    eps: float,
+    keys1: Tensor,
+    keys2: Tensor,
+    experts: Tensor,
+    num_heads: int,
+    k: int,
+    score: str,
+    activation: str,
+    backend: str,
+) -> Tensor:
+    return implementation(backend).layer_inference(
+        x, query_weight, query_norm, norm, eps, keys1, keys2, experts, num_heads, k, score, activation
+    )
+
+
+def _inference_fake(x, *others):
+    return x.new_empty(x.shape)
+
+
+define(
+    "layer_inference",
+    "(Tensor x, Tensor query_weight, str query_norm, Tensor[] norm, float eps, Tensor keys1, Tensor keys2,"
+    " Tensor experts, int num_heads, int k, str score, str activation, str backend) -> Tensor",
+    _inference,
+    _inference_fake,
+)
