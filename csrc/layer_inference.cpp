@@ -16,7 +16,7 @@ constexpr int64_t projection_rows = 64;  // outputs of the projection that a thr
 
 void project(const LayerInference& a, float* query) {
   const int64_t width = a.H * 2 * a.d;
-  parallel_items(a.threads, (width + projection_rows - 1) / projection_rows, [&](int64_t item) {
+  parallel_shares(a.threads, (width + projection_rows - 1) / projection_rows, [&](int64_t item, int) {
     const int64_t first = item * projection_rows;
     const int count = static_cast<int>(width - first < projection_rows ? width - first : projection_rows);
     const float* rows[projection_rows] = {};
@@ -50,27 +50,22 @@ void score(const LayerInference& a, const float* query, int64_t width, int64_t s
   constexpr int P = panel_keys<float>;
   const int64_t panels[2] = {panels_of<float>(a.n1), panels_of<float>(a.n2)}, all = panels[0] + panels[1];
   Scratch<float> packed(a.threads * a.d * P);
-  std::atomic<int64_t> next{0};
-  parallel(a.threads, [&](int thread, int) {
+  parallel_shares(a.threads, a.codebooks * all, [&](int64_t item, int thread) {
     float* own = packed.data + thread * a.d * P;
-    for (;;) {
-      const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
-      if (item >= a.codebooks * all) return;
-      const int64_t codebook = item / all, half = item % all >= panels[0];
-      const int64_t panel = item % all - (half ? panels[0] : 0), n = half ? a.n2 : a.n1;
-      pack_panel((half ? a.keys2 : a.keys1) + codebook * n * a.d, n, a.d, panel, own);
-      const int64_t rows = a.codebooks == 1 ? a.T * a.H : a.T;
-      for (int64_t i = 0; i < rows; i += query_rows) {
-        const int count = static_cast<int>(rows - i < query_rows ? rows - i : query_rows);
-        const float* queries[query_rows] = {};
-        float* out[query_rows] = {};
-        for (int r = 0; r < count; ++r) {
-          const int64_t row = a.codebooks == 1 ? i + r : (i + r) * a.H + codebook;
-          queries[r] = query + (row * 2 + half) * a.d;
-          out[r] = scores + row * width + (half ? second_half : 0) + panel * P;
-        }
-        score_rows(queries, count, a.d, own, out);
+    const int64_t codebook = item / all, half = item % all >= panels[0];
+    const int64_t panel = item % all - (half ? panels[0] : 0), n = half ? a.n2 : a.n1;
+    pack_panel((half ? a.keys2 : a.keys1) + codebook * n * a.d, n, a.d, panel, own);
+    const int64_t rows = a.codebooks == 1 ? a.T * a.H : a.T;
+    for (int64_t i = 0; i < rows; i += query_rows) {
+      const int count = static_cast<int>(rows - i < query_rows ? rows - i : query_rows);
+      const float* queries[query_rows] = {};
+      float* out[query_rows] = {};
+      for (int r = 0; r < count; ++r) {
+        const int64_t row = a.codebooks == 1 ? i + r : (i + r) * a.H + codebook;
+        queries[r] = query + (row * 2 + half) * a.d;
+        out[r] = scores + row * width + (half ? second_half : 0) + panel * P;
       }
+      score_rows(queries, count, a.d, own, out);
     }
   });
 }
@@ -96,6 +91,7 @@ void gate(Score score, float* values, int64_t k) {
 }
 
 constexpr int group_pairs = 16;
+constexpr int64_t fetched_experts = 32;  // of a head, ahead of their use
 
 // y [D] = the gated sum of a head's k experts.
 template <class T>
@@ -120,7 +116,7 @@ void head_output(const LayerInference& a, const float* x, const int64_t* indices
   }
 }
 
-int64_t row_bytes(const LayerInference& a) {
+int64_t expert_bytes(const LayerInference& a) {
   return a.R * a.D * (a.dtype_experts == DType::f32 ? 4 : 2);
 }
 
@@ -134,33 +130,42 @@ void infer(const LayerInference& a) {
 
   const PairList pairs(a.k);
   const PairScratchSizes<float> sizes(width, a.k, pairs.count);
-  const int64_t k_padded = whole_vectors<float>(a.k);
-  Scratch<float> numbers(a.threads * (sizes.numbers + k_padded));
+  Scratch<float> numbers(a.threads * sizes.numbers), gates(rows * whole_vectors<float>(a.k));
   Scratch<int32_t> integers(a.threads * sizes.integers);
-  Scratch<int64_t> found(a.threads * a.k);
+  Scratch<int64_t> indices(rows * a.k);
   std::atomic<int64_t> next{0};
   parallel(a.threads, [&](int thread, int) {
-    float* own = numbers.data + thread * (sizes.numbers + k_padded);
-    float* gates = own + sizes.numbers;
-    int64_t* indices = found.data + thread * a.k;
-    PairScratch<float> scratch(sizes, own, integers.data + thread * sizes.integers);
-    for (;;) {
-      const int64_t row = next.fetch_add(1, std::memory_order_relaxed);
-      if (row >= rows) return;
-      scratch.best_sub_keys(scores.data + row * width, a.n1, a.k, 0, 0);
-      scratch.best_sub_keys(scores.data + row * width + second_half, a.n2, a.k, 1, 0);
-      scratch.best_pairs(pairs, a.k, a.n2, 0, gates, indices);
-      for (int64_t i = 0; i < a.k && i < group_pairs; ++i)
-        prefetch_row(static_cast<const char*>(a.experts) + indices[i] * row_bytes(a), row_bytes(a));
+    PairScratch<float> scratch(sizes, numbers.data + thread * sizes.numbers, integers.data + thread * sizes.integers);
+    const auto gates_of = [&](int64_t row) { return gates.data + row * whole_vectors<float>(a.k); };
+    const auto find = [&](int64_t row) {
+      float* own = scores.data + row * width;
+      scratch.best_sub_keys(own, a.n1, a.k, 0, 0);
+      scratch.best_sub_keys(own + second_half, a.n2, a.k, 1, 0);
+      scratch.best_pairs(pairs, a.k, a.n2, 0, gates_of(row), indices.data + row * a.k);
+      for (int64_t i = 0; i < a.k && i < fetched_experts; ++i)
+        prefetch_row(static_cast<const char*>(a.experts) + indices.data[row * a.k + i] * expert_bytes(a),
+                     expert_bytes(a));
+    };
+    const auto compute = [&](int64_t row) {
       const float* x = a.x + row / a.H * a.D;
       float poison = 0;  // NaN where the token holds NaN or infinity: it must not pass for a valid one
       for (int64_t i = 0; i < a.D; ++i) poison += x[i] * 0;
-      for (int64_t i = 0; i < a.k; ++i) gates[i] += poison;
-      gate(a.score, gates, a.k);
+      for (int64_t i = 0; i < a.k; ++i) gates_of(row)[i] += poison;
+      gate(a.score, gates_of(row), a.k);
       float* y = outputs.data + row * a.D;
-      if (a.dtype_experts == DType::bf16) head_output<bf16>(a, x, indices, gates, y);
-      else if (a.dtype_experts == DType::f16) head_output<f16>(a, x, indices, gates, y);
-      else head_output<float>(a, x, indices, gates, y);
+      const int64_t* experts = indices.data + row * a.k;
+      if (a.dtype_experts == DType::bf16) head_output<bf16>(a, x, experts, gates_of(row), y);
+      else if (a.dtype_experts == DType::f16) head_output<f16>(a, x, experts, gates_of(row), y);
+      else head_output<float>(a, x, experts, gates_of(row), y);
+    };
+    // While a head's experts come from memory, the next head's are looked for.
+    int64_t waiting = -1;
+    for (;;) {
+      const int64_t row = next.fetch_add(1, std::memory_order_relaxed);
+      if (row < rows) find(row);
+      if (waiting >= 0) compute(waiting);
+      if (row >= rows) return;
+      waiting = row;
     }
   });
   for (int64_t t = 0; t < a.T; ++t) {

@@ -226,6 +226,33 @@ inline A horizontal_sum(Vec<A> v) {
 #endif
 }
 
+// Lanes of two vectors in turn: a0 b0 a1 b1 ..., the lower or the upper half of that.
+template <bool upper, class A>
+inline Vec<A> interleave(Vec<A> a, Vec<A> b) {
+  constexpr int W = lanes<A>, h = upper ? W / 2 : 0;
+  if constexpr (W == 2) return __builtin_shufflevector(a, b, h, h + 2);
+  else if constexpr (W == 4) return __builtin_shufflevector(a, b, h, h + 4, h + 1, h + 5);
+  else if constexpr (W == 8)
+    return __builtin_shufflevector(a, b, h, h + 8, h + 1, h + 9, h + 2, h + 10, h + 3, h + 11);
+  else
+    return __builtin_shufflevector(a, b, h, h + 16, h + 1, h + 17, h + 2, h + 18, h + 3, h + 19, h + 4, h + 20, h + 5,
+                                   h + 21, h + 6, h + 22, h + 7, h + 23);
+}
+
+// Transposes a square of lanes x lanes numbers: interleaving rows i and i + lanes / 2 does it in log2(lanes) rounds.
+template <class A>
+inline void transpose(Vec<A>* rows) {
+  constexpr int W = lanes<A>;
+  for (int round = 1; round < W; round *= 2) {
+    Vec<A> next[W];
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = interleave<false, A>(rows[i], rows[i + W / 2]);
+      next[2 * i + 1] = interleave<true, A>(rows[i], rows[i + W / 2]);
+    }
+    for (int i = 0; i < W; ++i) rows[i] = next[i];
+  }
+}
+
 // Lane i is set where a[i] >= b[i]; NaN compares false.
 inline uint32_t lanes_at_least(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)

@@ -8,7 +8,7 @@ namespace {
 
 // Queries against a panel of sub-keys at a time, as many as keep the sums in registers.
 #if defined(__AVX512F__)
-constexpr int panel_vectors = 4, query_rows = 6;
+constexpr int panel_vectors = 4, query_rows = 6;  // 24 sums, 4 sub-keys, 1 query in 32 registers
 #else
 constexpr int panel_vectors = 2, query_rows = 4;
 #endif
@@ -23,13 +23,24 @@ inline int64_t panels_of(int64_t n) {
 // Lays sub-keys [first, first + panel_keys) of keys [n, d] out as [d, panel_keys], zeros where there are none.
 template <class A>
 inline void pack_panel(const A* keys, int64_t n, int64_t d, int64_t panel, A* packed) {
-  constexpr int P = panel_keys<A>;
+  constexpr int P = panel_keys<A>, W = lanes<A>;
   const int64_t first = panel * P, count = n - first < P ? n - first : P;
   if (count < P) std::memset(packed, 0, sizeof(A) * static_cast<size_t>(d * P));
-  for (int64_t c = 0; c < count; ++c) {
+  int64_t c = 0;
+  for (; c + W <= count; c += W) {
     const A* key = keys + (first + c) * d;
-    for (int64_t i = 0; i < d; ++i) packed[i * P + c] = key[i];
+    int64_t i = 0;
+    for (; i + W <= d; i += W) {
+      Vec<A> square[W];
+      for (int row = 0; row < W; ++row) square[row] = load(key + row * d + i);
+      transpose<A>(square);
+      for (int row = 0; row < W; ++row) store(packed + (i + row) * P + c, square[row]);
+    }
+    for (; i < d; ++i)
+      for (int row = 0; row < W; ++row) packed[i * P + c + row] = key[row * d + i];
   }
+  for (; c < count; ++c)
+    for (int64_t i = 0; i < d; ++i) packed[i * P + c] = keys[(first + c) * d + i];
 }
 
 template <int rows, class A>
@@ -51,8 +62,10 @@ inline void score_panel(const A* const* queries, int64_t d, const A* packed, A* 
 // The same for any number of rows up to query_rows; a row's arithmetic does not depend on the others.
 template <class A>
 inline void score_rows(const A* const* queries, int rows, int64_t d, const A* packed, A* const* scores) {
-  if (rows == query_rows) return score_panel<query_rows>(queries, d, packed, scores);
-  for (int r = 0; r < rows; ++r) score_panel<1>(queries + r, d, packed, scores + r);
+  int r = 0;
+  for (; r + query_rows <= rows; r += query_rows) score_panel<query_rows>(queries + r, d, packed, scores + r);
+  for (; r + 2 <= rows; r += 2) score_panel<2>(queries + r, d, packed, scores + r);
+  if (r < rows) score_panel<1>(queries + r, d, packed, scores + r);
 }
 
 }  // namespace

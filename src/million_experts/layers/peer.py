@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from million_experts._arguments import check_choice
 from million_experts._typing import Bool, Float
+from million_experts.layers.norm import MaskedBatchNorm
 from million_experts.layers.retrieval import ProductKeyRetrieval, Routing
-from million_experts.ops import ACTIVATIONS, expert_mlp
+from million_experts.ops import ACTIVATIONS, advise_huge_pages, expert_mlp, resolve_backend
+from million_experts.ops.library_layer import layer_inference
 
 # (token, expert) pairs over which `reset_parameters` averages. The worst case, ReLU with GLU and one expert a
 # token, has a relative variance of about 20 a pair: the standard deviation is then known to under 1 %.
@@ -19,6 +21,11 @@ from million_experts.ops import ACTIVATIONS, expert_mlp
 # experts a token the 1024 tokens that leave an error of 1 % at D = 256 would leave 4 % at D = 8.
 INIT_PAIRS = 2**17
 INIT_BATCH = 4096  # tokens at a time
+
+# Up to this many tokens one fused operation computes the layer where no gradient is wanted: it cuts the work of a
+# single token for all threads, and spares the overhead of a dozen operations. With more tokens the general path's
+# matrix products win; docs/kernels.md has the measurement.
+FUSED_TOKENS = 16
 
 
 class PEER(ProductKeyRetrieval):
@@ -104,6 +111,7 @@ class PEER(ProductKeyRetrieval):
         self.glu, self.activation, self.init_std, self.sparse_grad = glu, activation, init_std, sparse_grad
         self.experts = nn.Parameter(torch.empty(self.num_experts, 3 if glu else 2, dim))
         if not self.experts.is_meta:
+            advise_huge_pages(self.experts)  # before the first write, which decides on the pages
             self.reset_parameters()
 
     @torch.no_grad()
@@ -176,6 +184,9 @@ class PEER(ProductKeyRetrieval):
             if self.training and mask.shape[0] > 0:
                 _require_a_real_token(mask)
             tokens = torch.where(mask[:, None], tokens, 0)
+        fused = None if return_routing else self._fused(tokens)
+        if fused is not None:
+            return (fused if mask is None else torch.where(mask[:, None], fused, 0)).view(*lead, self.dim)
         routing = self.retrieve(tokens, mask)
         y = expert_mlp(
             tokens,
@@ -190,6 +201,29 @@ class PEER(ProductKeyRetrieval):
             return y
         shape = (*lead, self.num_heads, self.experts_per_head)
         return y, Routing(*(t.view(shape) for t in routing))
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """The output [T, D] by one operation; None unless this is inference in float32 on few tokens."""
+        # While a graph is traced the number of tokens may be a symbol, which must not be compared.
+        if type(x.shape[0]) is not int or x.shape[0] > FUSED_TOKENS or x.device.type != "cpu":
+            return None
+        if self.training or torch.is_grad_enabled() or self._routing_hooks or torch.is_autocast_enabled("cpu"):
+            return None
+        weight, keys1, experts, norm = self.query_proj.weight, self.keys1, self.experts, self.query_norm
+        if not x.dtype == weight.dtype == keys1.dtype == torch.float32 or experts.dtype == torch.float64:
+            return None
+        if resolve_backend(self.backend) != "cpu":
+            return None
+        kind, eps, tensors = "none", 0.0, []
+        if isinstance(norm, MaskedBatchNorm):
+            kind, eps = "batch", norm.eps
+            tensors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        elif isinstance(norm, nn.LayerNorm):
+            kind, eps, tensors = "layer", norm.eps, [norm.weight, norm.bias]
+        return layer_inference(
+            x, weight, kind, tensors, eps, keys1, self.keys2, experts, self.num_heads, self.experts_per_head,
+            self.score, self.activation,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, glu={self.glu}, activation={self.activation!r}"

@@ -11,11 +11,12 @@ from million_experts._arguments import check_choice
 from million_experts._typing import Bool, Float, Int
 from million_experts.ops import library as _library  # noqa: F401  (registers torch.ops.million_experts)
 from million_experts.ops import library_layer as _library_layer  # noqa: F401
-from million_experts.ops.backends import available_backends, resolve_backend
+from million_experts.ops.backends import advise_huge_pages, available_backends, resolve_backend
 from million_experts.ops.reference import ACTIVATIONS
 
 __all__ = [
     "ACTIVATIONS",
+    "advise_huge_pages",
     "available_backends",
     "expert_mlp",
     "masked_batch_norm",

