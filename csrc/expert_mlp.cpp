@@ -19,7 +19,7 @@
 namespace million_experts {
 namespace {
 
-constexpr int group_pairs = 8;
+constexpr int group_pairs = 16;
 constexpr int64_t tile_tokens = 1024;       // where experts are met block by block
 constexpr int64_t stream_bytes = 32 << 20;  // a gradient as large as this goes past the caches
 constexpr int64_t cached_bytes = 1 << 20;   // a table as small as this stays in the second cache
@@ -203,62 +203,74 @@ void backward(const ExpertMlpBackward& a) {
 
 // --- the gradient of the table -----------------------------------------------------------------------------
 
-// Pairs in ascending order of (expert, pair), as expert << 32 | pair: a radix sort, stable, the same for any
-// number of threads.
-struct SortedPairs {
-  Scratch<uint64_t> first, second;
-  uint64_t* data;
-
-  explicit SortedPairs(const ExpertMlp& a) : first(a.T * a.K), second(a.T * a.K), data(nullptr) {
-    constexpr int digit_bits = 11, digits = 1 << digit_bits;
-    const int64_t pairs = a.T * a.K, share = (pairs + a.threads - 1) / a.threads;
-    Scratch<uint32_t> counts(int64_t{a.threads} * digits);
-    uint64_t *from = nullptr, *to = first.data, *other = second.data;
-    for (int shift = 32;; shift += digit_bits) {
-      const auto key = [&](int64_t p) {
-        return from ? from[p] : static_cast<uint64_t>(a.indices[p]) << 32 | static_cast<uint64_t>(p);
-      };
-      const auto pass = [&](auto&& body) {
-        parallel(a.threads, [&](int thread, int team) {
-          for (int part = thread; part < a.threads; part += team) {
-            const int64_t begin = part * share, end = begin + share < pairs ? begin + share : pairs;
-            body(counts.data + int64_t{part} * digits, begin, end);
-          }
-        });
-      };
-      pass([&](uint32_t* count, int64_t begin, int64_t end) {
-        std::memset(count, 0, digits * sizeof(uint32_t));
-        for (int64_t p = begin; p < end; ++p) ++count[key(p) >> shift & (digits - 1)];
-      });
-      uint32_t total = 0;
-      for (int digit = 0; digit < digits; ++digit)
-        for (int part = 0; part < a.threads; ++part) {
-          uint32_t& count = counts.data[int64_t{part} * digits + digit];
-          const uint32_t start = total;
-          total += count;
-          count = start;
-        }
-      pass([&](uint32_t* place, int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p) {
-          const uint64_t entry = key(p);
-          to[place[entry >> shift & (digits - 1)]++] = entry;
-        }
-      });
-      from = to;
-      to = other;
-      other = from;
-      if (a.N <= int64_t{1} << (shift - 32 + digit_bits)) break;
-    }
-    data = from;
-  }
-};
-
 // A pair in the order of its expert, with all that the gradients of its R rows need.
 template <class A, int R>
 struct SortedPair {
   uint32_t expert, token;
   A weights[R];
 };
+
+// Fills `sorted` with the pairs in ascending order of (expert, pair): a radix sort by the experts' digits, stable,
+// the same for any number of threads. Between passes a pair travels as expert << 32 | pair; the last pass adds
+// what else belongs to it.
+template <class A, int R>
+void sort_pairs(const ExpertMlpTableGrad& a, SortedPair<A, R>* sorted) {
+  constexpr int digit_bits = 11, digits = 1 << digit_bits;
+  const A* weights = static_cast<const A*>(a.weights);
+  const int64_t pairs = a.T * a.K, share = (pairs + a.threads - 1) / a.threads;
+  int passes = 1;
+  while (a.N > int64_t{1} << (passes * digit_bits)) ++passes;
+  Scratch<uint64_t> first(passes > 1 ? pairs : 0), second(passes > 2 ? pairs : 0);
+  Scratch<uint32_t> counts(int64_t{a.threads} * digits);
+  const auto for_shares = [&](auto&& body) {
+    parallel(a.threads, [&](int thread, int team) {
+      for (int part = thread; part < a.threads; part += team) {
+        const int64_t begin = part * share, end = begin + share < pairs ? begin + share : pairs;
+        body(counts.data + int64_t{part} * digits, begin, end);
+      }
+    });
+  };
+  const uint64_t* from = nullptr;
+  for (int pass = 0; pass < passes; ++pass) {
+    const auto entry = [&](int64_t p) {
+      return from ? from[p] : static_cast<uint64_t>(a.indices[p]) << 32 | static_cast<uint64_t>(p);
+    };
+    const auto digit = [&](uint64_t e) { return e >> (32 + pass * digit_bits) & (digits - 1); };
+    for_shares([&](uint32_t* count, int64_t begin, int64_t end) {
+      std::memset(count, 0, digits * sizeof(uint32_t));
+      for (int64_t p = begin; p < end; ++p) ++count[digit(entry(p))];
+    });
+    uint32_t total = 0;
+    for (int d = 0; d < digits; ++d)
+      for (int part = 0; part < a.threads; ++part) {
+        uint32_t& count = counts.data[int64_t{part} * digits + d];
+        const uint32_t start = total;
+        total += count;
+        count = start;
+      }
+    if (pass + 1 < passes) {
+      uint64_t* to = pass % 2 ? second.data : first.data;
+      for_shares([&](uint32_t* place, int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) {
+          const uint64_t e = entry(p);
+          to[place[digit(e)]++] = e;
+        }
+      });
+      from = to;
+      continue;
+    }
+    for_shares([&](uint32_t* place, int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const uint64_t e = entry(p);
+        const uint32_t pair = static_cast<uint32_t>(e);
+        SortedPair<A, R>& out = sorted[place[digit(e)]++];
+        out.expert = static_cast<uint32_t>(e >> 32);
+        out.token = pair / static_cast<uint32_t>(a.K);
+        for (int r = 0; r < R; ++r) out.weights[r] = weights[int64_t{pair} * R + r];
+      }
+    });
+  }
+}
 
 // Calls visit(expert, its pairs, how many) for the experts in [first, last) that have pairs, zero(from, to) for
 // the runs of experts between them.
@@ -346,29 +358,25 @@ void grad_by_columns(const ExpertMlpTableGrad& a, const SortedPair<A, R>* pairs)
   constexpr int W = lanes<A>, V = 4, columns = V * W;
   const A *x = static_cast<const A*>(a.x), *grad_y = static_cast<const A*>(a.grad_y);
   T* grad = static_cast<T*>(a.grad_experts);
-  const int64_t D = a.D, tiles = (D + columns - 1) / columns;
-  Scratch<A> packed(tiles * a.T * 2 * columns);
-  parallel_items(a.threads, (a.T + 15) / 16, [&](int64_t item) {
-    for (int64_t t = item * 16; t < a.T && t < (item + 1) * 16; ++t)
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t at = tile * columns, count = D - at < columns ? D - at : columns;
-        A* out = packed.data + (tile * a.T + t) * 2 * columns;
+  const int64_t D = a.D, ranges = a.N < expert_ranges ? a.N : expert_ranges;
+  Scratch<A> packed(a.T * 2 * columns);
+  for (int64_t at = 0; at < D; at += columns) {
+    const int64_t count = D - at < columns ? D - at : columns;
+    parallel_items(a.threads, (a.T + 63) / 64, [&](int64_t item) {
+      for (int64_t t = item * 64; t < a.T && t < (item + 1) * 64; ++t) {
+        A* out = packed.data + t * 2 * columns;
         if (count < columns) std::memset(out, 0, sizeof(A) * 2 * columns);
         std::memcpy(out, x + t * D + at, sizeof(A) * static_cast<size_t>(count));
         std::memcpy(out + columns, grad_y + t * D + at, sizeof(A) * static_cast<size_t>(count));
       }
-  });
-  const int64_t ranges = a.N < expert_ranges ? a.N : expert_ranges;
-  parallel_items(a.threads, tiles * ranges, [&](int64_t item) {
-    const int64_t at = item / ranges * columns, range = item % ranges;
-    const int64_t count = D - at < columns ? D - at : columns;
-    const A* tile = packed.data + item / ranges * a.T * 2 * columns;
+    });
+    parallel_items(a.threads, ranges, [&](int64_t range) {
     for_experts(
         pairs, a.T * a.K, a.N * range / ranges, a.N * (range + 1) / ranges,
         [&](int64_t expert, const SortedPair<A, R>* run, int64_t length) {
           Vec<A> sums[R][V] = {};
           for (int64_t i = 0; i < length; ++i) {
-            const A* token = tile + run[i].token * 2 * columns;
+            const A* token = packed.data + run[i].token * 2 * columns;
             for (int r = 0; r < R; ++r) {
               const Vec<A> weight = splat(run[i].weights[r]);
               for (int v = 0; v < V; ++v) sums[r][v] += weight * load(token + (r == 1 ? columns : 0) + v * W);
@@ -385,27 +393,15 @@ void grad_by_columns(const ExpertMlpTableGrad& a, const SortedPair<A, R>* pairs)
           for (int64_t row = from * R; row < to * R; ++row)
             std::memset(grad + row * D + at, 0, sizeof(T) * static_cast<size_t>(count));
         });
-  });
+    });
+  }
 }
 
 template <class A, class T, int R>
 void table_grad(const ExpertMlpTableGrad& a) {
-  const A* weights = static_cast<const A*>(a.weights);
   const int64_t pairs = a.T * a.K;
   Scratch<SortedPair<A, R>> sorted(pairs);
-  {
-    const SortedPairs order(a);
-    constexpr int64_t share = 4096;
-    parallel_items(a.threads, (pairs + share - 1) / share, [&](int64_t item) {
-      for (int64_t i = item * share; i < pairs && i < (item + 1) * share; ++i) {
-        const uint32_t pair = static_cast<uint32_t>(order.data[i]);
-        SortedPair<A, R>& out = sorted.data[i];
-        out.expert = static_cast<uint32_t>(order.data[i] >> 32);
-        out.token = pair / static_cast<uint32_t>(a.K);
-        for (int r = 0; r < R; ++r) out.weights[r] = weights[int64_t{pair} * R + r];
-      }
-    });
-  }
+  sort_pairs(a, sorted.data);
   if (pairs >= a.N * columns_reuse) grad_by_columns<A, T, R>(a, sorted.data);
   else grad_by_rows<A, T, R>(a, sorted.data);
 }

@@ -15,6 +15,7 @@ namespace million_experts {
 namespace {
 
 constexpr size_t huge_page = size_t{2} << 20;
+constexpr size_t reclaimable = size_t{64} << 20;  // the system may have buffers as large as this when it runs short
 
 std::mutex mutex;
 std::multimap<size_t, void*> kept;  // size in whole pages -> buffer
@@ -80,7 +81,7 @@ void* take_buffer(size_t bytes) {
 void return_buffer(void* data, size_t bytes) {
   bytes = whole_pages(bytes);
 #if defined(MADV_FREE)
-  madvise(data, bytes, MADV_FREE);
+  if (bytes >= reclaimable) madvise(data, bytes, MADV_FREE);
 #endif
   const std::lock_guard<std::mutex> lock(mutex);
   kept.emplace(bytes, data);

@@ -9,7 +9,8 @@ namespace million_experts {
 
 // At least `bytes`, on pages as large as the system grants; contents undefined. Throws std::bad_alloc.
 void* take_buffer(size_t bytes);
-// Gives a buffer back, to be taken again. The system may have its memory meanwhile if it runs short.
+// Gives a buffer back, to be taken again. If it is large, the system may have
+// its memory meanwhile.
 void return_buffer(void* data, size_t bytes);
 // Frees what was returned; gives the number of bytes.
 size_t release_buffers();

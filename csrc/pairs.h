@@ -64,7 +64,12 @@ struct PairScratch {
     const A *s1 = scores_of(0, r), *s2 = scores_of(1, r);
     const int32_t *i = positions_of(0, r), *j = positions_of(1, r);
     const auto index = [&](int32_t p) { return i[pairs.first.data[p]] * n2 + j[pairs.second.data[p]]; };
-    for (int64_t p = 0; p < pairs.count; ++p) sums[p] = s1[pairs.first.data[p]] + s2[pairs.second.data[p]];
+    // In the list's order, whole vectors at a time: what one writes too far, the next overwrites.
+    for (int64_t a = 0, p = 0; a < k; ++a) {
+      const int64_t partners = k / (a + 1);
+      for (int64_t b = 0; b < partners; b += lanes<A>) store(sums + p + b, Vec<A>(splat(s1[a]) + load(s2 + b)));
+      p += partners;
+    }
     for (int64_t p = pairs.count; p % lanes<A>; ++p) sums[p] = minus_infinity<A>;
     best_of<false>(sums, pairs.count, k, topk, [&](int32_t p, int32_t q) { return index(p) < index(q); }, scores,
                    winners);

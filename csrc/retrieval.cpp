@@ -125,6 +125,7 @@ void topk_backward(const RetrievalBackward& a) {
   A* grad_query = static_cast<A*>(a.grad_query);
   A* grad_keys[2] = {static_cast<A*>(a.grad_keys1), static_cast<A*>(a.grad_keys2)};
   const int64_t n[2] = {a.n1, a.n2}, d = a.d, k = a.k, both = a.n1 + a.n2;
+  const uint32_t n2 = static_cast<uint32_t>(a.n2);
   const int64_t rows = a.codebooks == 1 ? a.T * a.H : a.T;
 
   // Each part of the queries sums into tables of its own, which are then added up in order. How many parts
@@ -152,9 +153,10 @@ void topk_backward(const RetrievalBackward& a) {
       for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
         const int64_t row = a.codebooks == 1 ? i : i * a.H + codebook;
         for (int64_t c = 0; c < k; ++c) {
-          const int64_t index = a.indices[row * k + c], first = index / a.n2;
+          // 32 bits hold an index, and divide in half the time of 64.
+          const uint32_t index = static_cast<uint32_t>(a.indices[row * k + c]), first = index / n2;
           picks[0].add(static_cast<int32_t>(first), grad_scores[row * k + c]);
-          picks[1].add(static_cast<int32_t>(index - first * a.n2), grad_scores[row * k + c]);
+          picks[1].add(static_cast<int32_t>(index - first * n2), grad_scores[row * k + c]);
         }
         for (int half = 0; half < 2; ++half) {
           A* gq = grad_query + (row * 2 + half) * d;

@@ -6,21 +6,32 @@
 #include <cstdlib>
 #include <new>
 
+#include "memory.h"
+
 namespace million_experts {
 namespace {
 
 template <class T>
 struct Scratch {
   T* data = nullptr;
+  size_t bytes = 0;
   explicit Scratch(int64_t count) {
     if (count <= 0) return;
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    data = static_cast<T*>(std::aligned_alloc(64, bytes));
+    bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    data = static_cast<T*>(bytes >= kept ? take_buffer(bytes) : std::aligned_alloc(64, bytes));
     if (!data) throw std::bad_alloc();
   }
-  ~Scratch() { std::free(data); }
+  ~Scratch() {
+    if (bytes >= kept) return_buffer(data, bytes);
+    else std::free(data);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+
+ private:
+  // The allocator gives blocks of this size back to the system, and each call would touch new pages: 8 MiB cost
+  // more than the backward pass of retrieval that they served.
+  static constexpr size_t kept = size_t{1} << 20;
 };
 
 }  // namespace

@@ -279,6 +279,28 @@ inline uint32_t lanes_at_least(Vec<double> a, Vec<double> b) {
 #endif
 }
 
+// Appends the chosen lanes of `v`, and their positions counted from `first`, to two arrays; returns how many. Up to
+// a whole vector may be written behind them.
+template <class A>
+inline int append_lanes(uint32_t chosen, Vec<A> v, int32_t first, A* values, int32_t* positions) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 mask = static_cast<__mmask16>(chosen);
+    _mm512_storeu_ps(values, _mm512_maskz_compress_ps(mask, reinterpret_cast<__m512>(v)));
+    _mm512_storeu_si512(positions, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(lane, _mm512_set1_epi32(first))));
+    return __builtin_popcount(chosen);
+  }
+#endif
+  int count = 0;
+  for (; chosen; chosen &= chosen - 1) {
+    const int lane = __builtin_ctz(chosen);
+    values[count] = v[lane];
+    positions[count++] = first + lane;
+  }
+  return count;
+}
+
 // Not for NaN.
 template <class A>
 inline Vec<A> maximum(Vec<A> a, Vec<A> b) {

@@ -107,9 +107,9 @@ struct IntegerAs<double> {
 };
 
 // Sorts the candidates, descending: the place of one is the number of those that come before it, equal ones in
-// the order they have now.
+// the order they have now. `all`: they are the whole row, and a candidate's position is its place in the list.
 template <class A>
-inline void rank(TopKScratch<A>& s, int64_t count) {
+inline void rank(TopKScratch<A>& s, int64_t count, bool all) {
   constexpr int W = lanes<A>;
   typedef Vec<typename IntegerAs<A>::type> Counts;
   Counts positions_in_vector;
@@ -129,7 +129,7 @@ inline void rank(TopKScratch<A>& s, int64_t count) {
   }
   for (int64_t i = 0; i < count; ++i) {
     s.sorted[s.ranks[i]] = s.values[i];
-    s.sorted_positions[s.ranks[i]] = s.positions[i];
+    s.sorted_positions[s.ranks[i]] = all ? static_cast<int32_t>(i) : s.positions[i];
   }
 }
 
@@ -170,22 +170,22 @@ inline void best_of(const A* row, int64_t count, int64_t k, TopKScratch<A>& scra
                             : find_threshold(row, count, k, k / 4 + 2, threshold);
   }
   int64_t found = 0;
-  if (usual) {
+  if (usual && count <= limit) {
+    std::memcpy(scratch.values, row, sizeof(A) * static_cast<size_t>(padded));
+    found = count;
+  } else if (usual) {
     const Vec<A> t = splat(threshold);
     for (int64_t at = 0; at < padded; at += W) {
       uint32_t reach = lanes_at_least(load(row + at), t);
       if (at + W > count) reach &= (1u << (count - at)) - 1;
-      for (; reach; reach &= reach - 1) {
-        const int64_t p = at + __builtin_ctz(reach);
-        scratch.values[found] = row[p];
-        scratch.positions[found++] = static_cast<int32_t>(p);
-      }
+      found += append_lanes<A>(reach, load(row + at), static_cast<int32_t>(at), scratch.values + found,
+                               scratch.positions + found);
     }
     for (int64_t i = found; i % W; ++i) scratch.values[i] = minus_infinity<A>;
     usual = found <= 2 * limit;
   }
   if (usual) {
-    rank(scratch, found);
+    rank(scratch, found, count <= limit);
     bool tied = false;
     if (!ties_by_position)
       for (int64_t i = 1; i < found && i <= k; ++i) tied |= scratch.sorted[i] == scratch.sorted[i - 1];

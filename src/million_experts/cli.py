@@ -316,6 +316,12 @@ def info(
     for name, reason in available_backends().items():
         chosen = " (auto takes it)" if name == resolve_backend("auto") else ""
         table.add_row(f"backend {name}", f"runs{chosen}" if reason is None else f"does not run: {reason}")
+    if available_backends()["cpu"] is None:
+        from million_experts.ops import cpu
+
+        table.add_row("cpu kernels", f"{cpu.instruction_set()}, of {', '.join(cpu.instruction_sets())}")
+        table.add_row("cpu threads", cpu.OPENMP or "one: torch brought no OpenMP runtime")
+        table.add_row("huge pages", cpu.huge_pages())
     console.print(table)
     if model is not None:
         with _user_errors():

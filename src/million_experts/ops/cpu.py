@@ -105,7 +105,14 @@ def block_experts(tokens: int, experts_per_token: int, num_experts: int, expert_
     return min(num_experts, max(1, BLOCK_BYTES // expert_bytes))
 
 
-_seen_tables: dict[int, int] = {}
+def huge_pages() -> str:
+    """Whether the system grants huge pages to large tables and gradients, and why not."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists():
+        return "not offered by this system"
+    chosen = re.search(r"\[(\w+)\]", setting.read_text())
+    mode = chosen[1] if chosen else "unknown"
+    return f"not offered: {setting} is set to {mode}" if mode == "never" else f"offered ({mode})"
 
 
 def advise_huge_pages(tensor: Tensor) -> bool:
@@ -113,6 +120,32 @@ def advise_huge_pages(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu" or tensor.nbytes < HUGE_BYTES:
         return False
     return _kernels.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+
+
+_placed: set[tuple[int, int]] = set()
+
+
+def _place_on_huge_pages(table: Tensor) -> None:
+    """Moves a large table that came from elsewhere, such as a checkpoint, onto huge pages; once for a table.
+
+    Memory that maps a file stays as it is: to move it would read the whole file.
+    """
+    place = (table.data_ptr(), table.nbytes)
+    if table.nbytes < HUGE_BYTES or place in _placed:
+        return
+    _placed.add(place)
+    if sys.platform == "linux" and _is_anonymous(table.data_ptr()):
+        _kernels.collapse_to_huge_pages(*place)
+
+
+def _is_anonymous(address: int) -> bool:
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            span, _, _, _, inode = line.split(maxsplit=5)[:5]
+            first, last = (int(end, 16) for end in span.split("-"))
+            if first <= address < last:
+                return inode == "0"
+    return False
 
 
 def _large_empty(like: Tensor) -> Tensor:
@@ -187,6 +220,7 @@ def expert_mlp(
     dtype = accumulation_dtype(x, gates, experts)
     wide_x, wide_gates = _sum_tensor(x, dtype), _sum_tensor(gates, dtype)
     indices, experts = indices.contiguous(), experts.contiguous()
+    _place_on_huge_pages(experts)
     y = torch.empty(x.shape, dtype=dtype)
     pre = torch.empty(experts.shape[1] - 1, *indices.shape, dtype=dtype)
     _kernels.expert_mlp_forward(
