@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]"
 	touch $@
 
-train: $(VENV)/.installed ## Train the demo: a language model with 65,536 experts, ten minutes on two cores
+train: $(VENV)/.installed ## Train the demo: a language model with 262,144 experts, ten minutes on two cores
 	$(BIN)/million-experts train --preset demo --resume
 
 test: lint ## Lint, check types, run the tests (some minutes)

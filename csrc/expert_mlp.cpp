@@ -141,10 +141,8 @@ void forward(const ExpertMlpForward& a) {
         for (int i = 0; i < count; ++i) {
           const int64_t p = t * K + positions[i];
           g.weight[i] = gates[p] * (glu ? g.hidden[i] * g.pre2[i] : g.hidden[i]);
-          if (pre) {
-            pre[p] = g.pre[i];
-            if (glu) pre[a.T * K + p] = g.pre2[i];
-          }
+          pre[p] = g.pre[i];
+          if (glu) pre[a.pre_stride + p] = g.pre2[i];
         }
         add_rows(y + t * D, g.up, g.weight, count, D);
       });
@@ -160,7 +158,7 @@ void backward(const ExpertMlpBackward& a) {
   A* grad_gates = static_cast<A*>(a.grad_gates);
   A* weights = static_cast<A*>(a.weights);
   constexpr int R = glu ? 3 : 2;
-  const int64_t D = a.D, K = a.K, stride = R * D, pairs = a.T * K;
+  const int64_t D = a.D, K = a.K, stride = R * D;
   walk(
       a,
       [&](int64_t first, int64_t last) {
@@ -175,7 +173,7 @@ void backward(const ExpertMlpBackward& a) {
           g.pre[i] = pre[p];
           if (glu) {
             g.gate[i] = g.up[i] + D;
-            g.pre2[i] = pre[pairs + p];
+            g.pre2[i] = pre[a.pre_stride + p];
           }
         }
         dot_rows(grad_y + t * D, g.up, count, D, g.dot);
@@ -301,10 +299,11 @@ constexpr int64_t expert_ranges = 512;  // what threads take at a time
 // Few pairs an expert: its rows are written one after the other, with all their columns in registers.
 template <int vectors, class A, class T, class Pair>
 inline int64_t write_blocks(T* out, const A* source, const Pair* pairs, int64_t count, int64_t r, int64_t at,
-                            int64_t D, bool streamed) {
+                            int64_t D, bool accumulate, bool streamed) {
   constexpr int W = lanes<A>;
   for (; at + vectors * W <= D; at += vectors * W) {
     Vec<A> sums[vectors] = {};
+    for (int v = 0; accumulate && v < vectors; ++v) sums[v] = Storage<A, T>::load(out + at + v * W);
     for (int64_t i = 0; i < count; ++i) {
       const Vec<A> weight = splat(pairs[i].weights[r]);
       const A* row = source + pairs[i].token * D + at;
@@ -331,18 +330,19 @@ void grad_by_rows(const ExpertMlpTableGrad& a, const SortedPair<A, R>* pairs) {
           for (int r = 0; r < R; ++r) {
             T* out = grad + (expert * R + r) * D;
             const A* source = r == 1 ? grad_y : x;
-            int64_t at = write_blocks<sum_vectors>(out, source, run, count, r, 0, D, streamed);
-            at = write_blocks<sum_vectors / 4>(out, source, run, count, r, at, D, streamed);
-            at = write_blocks<1>(out, source, run, count, r, at, D, streamed);
+            int64_t at = write_blocks<sum_vectors>(out, source, run, count, r, 0, D, a.accumulate, streamed);
+            at = write_blocks<sum_vectors / 4>(out, source, run, count, r, at, D, a.accumulate, streamed);
+            at = write_blocks<1>(out, source, run, count, r, at, D, a.accumulate, streamed);
             if (at == D) continue;
             const int rest = static_cast<int>(D - at);
-            Vec<A> sum{};
+            Vec<A> sum = a.accumulate ? load_part<A>(out + at, rest) : Vec<A>{};
             for (int64_t i = 0; i < count; ++i)
               sum += splat(run[i].weights[r]) * load_part<A>(source + run[i].token * D + at, rest);
             store_part<A>(out + at, sum, rest);
           }
         },
         [&](int64_t from, int64_t to) {
+          if (a.accumulate) return;
           const int64_t bytes = (to - from) * R * D * static_cast<int64_t>(sizeof(T));
           if (streamed) stream_zero(grad + from * R * D, bytes);
           else std::memset(grad + from * R * D, 0, static_cast<size_t>(bytes));
@@ -375,6 +375,12 @@ void grad_by_columns(const ExpertMlpTableGrad& a, const SortedPair<A, R>* pairs)
         pairs, a.T * a.K, a.N * range / ranges, a.N * (range + 1) / ranges,
         [&](int64_t expert, const SortedPair<A, R>* run, int64_t length) {
           Vec<A> sums[R][V] = {};
+          for (int r = 0; a.accumulate && r < R; ++r)
+            for (int v = 0; v < V && v * W < count; ++v) {
+              const T* old = grad + (expert * R + r) * D + at + v * W;
+              sums[r][v] = count - v * W >= W ? Storage<A, T>::load(old)
+                                              : load_part<A>(old, static_cast<int>(count - v * W));
+            }
           for (int64_t i = 0; i < length; ++i) {
             const A* token = packed.data + run[i].token * 2 * columns;
             for (int r = 0; r < R; ++r) {
@@ -390,7 +396,7 @@ void grad_by_columns(const ExpertMlpTableGrad& a, const SortedPair<A, R>* pairs)
             }
         },
         [&](int64_t from, int64_t to) {
-          for (int64_t row = from * R; row < to * R; ++row)
+          for (int64_t row = from * R; !a.accumulate && row < to * R; ++row)
             std::memset(grad + row * D + at, 0, sizeof(T) * static_cast<size_t>(count));
         });
     });

@@ -22,6 +22,7 @@ struct ExpertMlp {
   const int64_t* indices;  // [T, K]
   const void* gates;       // [T, K]
   const void* experts;     // [N, R, D]
+  int64_t pre_stride;      // numbers from x . down of a pair to its x . gate
   int64_t block_experts;   // experts that a token meets before its tile's next token; N: token by token
   int threads;
 };
@@ -29,12 +30,12 @@ struct ExpertMlp {
 struct ExpertMlpForward : ExpertMlp {
   const void* x;  // [T, D]
   void* y;        // [T, D]
-  void* pre;      // [R - 1, T, K]: x . down[, x . gate]; null where nobody will go backward
+  void* pre;      // x . down [T, K], and pre_stride later x . gate [T, K]
 };
 
 struct ExpertMlpBackward : ExpertMlp {
   const void* grad_y;  // [T, D]
-  const void* pre;     // [R - 1, T, K]
+  const void* pre;     // as written by forward
   void* grad_x;        // [T, D] or null
   void* grad_gates;    // [T, K] or null
   void* weights;       // [T, K, R] or null: what the gradient of each row of the expert sums its tokens with
@@ -44,7 +45,8 @@ struct ExpertMlpTableGrad : ExpertMlp {
   const void* x;        // [T, D]
   const void* grad_y;   // [T, D]
   const void* weights;  // [T, K, R], from expert_mlp_backward
-  void* grad_experts;   // [N, R, D] in dtype_experts, every element is written
+  void* grad_experts;   // [N, R, D] in dtype_experts
+  bool accumulate;      // add to grad_experts, which otherwise is written in full
 };
 
 struct Retrieval {

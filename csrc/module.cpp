@@ -48,9 +48,10 @@ void use_instruction_set(const std::string& name) {
 }
 
 ExpertMlp expert_mlp(int dtype_sum, int dtype_experts, int activation, int64_t T, int64_t K, int64_t N, int64_t R,
-                     int64_t D, Address indices, Address gates, Address experts, int64_t block_experts, int threads) {
+                     int64_t D, Address indices, Address gates, Address experts, int64_t pre_stride,
+                     int64_t block_experts, int threads) {
   return {DType(dtype_sum), DType(dtype_experts), Activation(activation), T, K, N, R, D, at<int64_t>(indices),
-          at(gates), at(experts), block_experts, threads};
+          at(gates), at(experts), pre_stride, block_experts, threads};
 }
 
 struct Buffer {
@@ -100,11 +101,12 @@ NB_MODULE(_kernels, m) {
   m.def(
       "expert_mlp_forward",
       [](int dtype_sum, int dtype_experts, int activation, int64_t T, int64_t K, int64_t N, int64_t R, int64_t D,
-         Address indices, Address gates, Address experts, int64_t block_experts, int threads, Address x, Address y,
+         Address indices, Address gates, Address experts, int64_t pre_stride, int64_t block_experts, int threads,
+         Address x, Address y,
          Address pre) {
         ExpertMlpForward a;
         static_cast<ExpertMlp&>(a) = expert_mlp(dtype_sum, dtype_experts, activation, T, K, N, R, D, indices, gates,
-                                                experts, block_experts, threads);
+                                                experts, pre_stride, block_experts, threads);
         a.x = at(x), a.y = at(y), a.pre = at(pre);
         kernels().expert_mlp_forward(a);
       },
@@ -112,11 +114,12 @@ NB_MODULE(_kernels, m) {
   m.def(
       "expert_mlp_backward",
       [](int dtype_sum, int dtype_experts, int activation, int64_t T, int64_t K, int64_t N, int64_t R, int64_t D,
-         Address indices, Address gates, Address experts, int64_t block_experts, int threads, Address grad_y,
+         Address indices, Address gates, Address experts, int64_t pre_stride, int64_t block_experts, int threads,
+         Address grad_y,
          Address pre, Address grad_x, Address grad_gates, Address weights) {
         ExpertMlpBackward a;
         static_cast<ExpertMlp&>(a) = expert_mlp(dtype_sum, dtype_experts, activation, T, K, N, R, D, indices, gates,
-                                                experts, block_experts, threads);
+                                                experts, pre_stride, block_experts, threads);
         a.grad_y = at(grad_y), a.pre = at(pre), a.grad_x = at(grad_x), a.grad_gates = at(grad_gates);
         a.weights = at(weights);
         kernels().expert_mlp_backward(a);
@@ -125,12 +128,13 @@ NB_MODULE(_kernels, m) {
   m.def(
       "expert_mlp_table_grad",
       [](int dtype_sum, int dtype_experts, int activation, int64_t T, int64_t K, int64_t N, int64_t R, int64_t D,
-         Address indices, Address gates, Address experts, int64_t block_experts, int threads, Address x,
-         Address grad_y, Address weights, Address grad_experts) {
+         Address indices, Address gates, Address experts, int64_t pre_stride, int64_t block_experts, int threads,
+         Address x,
+         Address grad_y, Address weights, Address grad_experts, bool accumulate) {
         ExpertMlpTableGrad a;
         static_cast<ExpertMlp&>(a) = expert_mlp(dtype_sum, dtype_experts, activation, T, K, N, R, D, indices, gates,
-                                                experts, block_experts, threads);
-        a.x = at(x), a.grad_y = at(grad_y), a.weights = at(weights), a.grad_experts = at(grad_experts);
+                                                experts, pre_stride, block_experts, threads);
+        a.x = at(x), a.grad_y = at(grad_y), a.weights = at(weights), a.grad_experts = at(grad_experts), a.accumulate = accumulate;
         kernels().expert_mlp_table_grad(a);
       },
       unlocked());

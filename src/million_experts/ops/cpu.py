@@ -28,7 +28,7 @@ HUGE_BYTES = 32 * 2**20
 # Experts that tokens meet together, where they share enough of them: as many as fill about half the second cache.
 BLOCK_BYTES = 2**20
 TILE_TOKENS = 1024
-BLOCK_REUSE = 2.0
+BLOCK_REUSE = 4.0
 
 
 def _find_openmp() -> str | None:
@@ -202,14 +202,14 @@ def product_key_topk_backward(
 
 
 def _expert_arguments(
-    indices: Tensor, gates: Tensor, experts: Tensor, dtype: torch.dtype, activation: str
+    indices: Tensor, gates: Tensor, experts: Tensor, dtype: torch.dtype, activation: str, pre_stride: int
 ) -> tuple[int, ...]:
     T, K = indices.shape
     N, R, D = experts.shape
     block = block_experts(T, K, N, R * D * experts.element_size())
     return (
         _DTYPES[dtype], _DTYPES[experts.dtype], ACTIVATIONS.index(activation), T, K, N, R, D,
-        indices.data_ptr(), gates.data_ptr(), experts.data_ptr(), block, threads(),
+        indices.data_ptr(), gates.data_ptr(), experts.data_ptr(), pre_stride, block, threads(),
     )  # fmt: skip
 
 
@@ -224,12 +224,24 @@ def expert_mlp(
     y = torch.empty(x.shape, dtype=dtype)
     pre = torch.empty(experts.shape[1] - 1, *indices.shape, dtype=dtype)
     _kernels.expert_mlp_forward(
-        *_expert_arguments(indices, wide_gates, experts, dtype, activation),
+        *_expert_arguments(indices, wide_gates, experts, dtype, activation, indices.numel()),
         wide_x.data_ptr(),
         y.data_ptr(),
         pre.data_ptr(),
     )
     return y.to(x.dtype), pre
+
+
+def backward_tokens(tokens: int, experts_per_token: int, num_experts: int, rounded: bool) -> int:
+    """How many tokens go backward at a time.
+
+    The gradient of the table needs some numbers for each pair. Taking few tokens at a time bounds that memory,
+    as long as adding to the gradient again costs little beside the pairs: from 32 pairs an expert on. A table
+    narrower than the sums (`rounded`) is rounded once, at the end, so all tokens go at once.
+    """
+    if rounded:
+        return max(1, tokens)
+    return max(256, math.ceil(32 * num_experts / max(1, experts_per_token)))
 
 
 def expert_mlp_backward(
@@ -246,32 +258,41 @@ def expert_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gates and experts; an empty tensor for each that is not needed."""
     dtype = pre.dtype
-    wide_grad_y, wide_gates, pre = (_sum_tensor(t, dtype) for t in (grad_y, gates, pre))
+    x_dtype, gates_dtype = x.dtype, gates.dtype
+    grad_y, gates, pre = (_sum_tensor(t, dtype) for t in (grad_y, gates, pre))
     indices, experts = indices.contiguous(), experts.contiguous()
-    arguments = _expert_arguments(indices, wide_gates, experts, dtype, activation)
-    none = torch.empty(0, dtype=dtype)
-    grad_x = torch.empty(x.shape, dtype=dtype) if needs_x else none
-    grad_gates = torch.empty(gates.shape, dtype=dtype) if needs_gates else none
-    weights = torch.empty(*indices.shape, experts.shape[1], dtype=dtype) if needs_experts else none
-    _kernels.expert_mlp_backward(
-        *arguments,
-        wide_grad_y.data_ptr(),
-        pre.data_ptr(),
-        *(t.data_ptr() if needed else 0
-          for t, needed in ((grad_x, needs_x), (grad_gates, needs_gates), (weights, needs_experts))),
-    )  # fmt: skip
-    grad_experts = experts.new_empty(0)
-    if needs_experts:
-        wide_x = _sum_tensor(x, dtype)
-        grad_experts = _large_empty(experts)
-        _kernels.expert_mlp_table_grad(
+    (T, K), (N, R, _) = indices.shape, experts.shape
+    grad_x = torch.empty(x.shape if needs_x else 0, dtype=dtype)
+    grad_gates = torch.empty(gates.shape if needs_gates else 0, dtype=dtype)
+    grad_experts = _large_empty(experts) if needs_experts else experts.new_empty(0)
+    x = _sum_tensor(x, dtype) if needs_experts else x
+    step = backward_tokens(T, K, N, experts.dtype != dtype)
+    weights = torch.empty((min(step, T), K, R) if needs_experts else 0, dtype=dtype)
+
+    def address(tensor: Tensor, part: slice, needed: bool) -> int:
+        return tensor[part].data_ptr() if needed else 0
+
+    for start in range(0, max(T, 1), step):  # once without tokens too: the gradient is zero then
+        part = slice(start, start + step)
+        arguments = _expert_arguments(indices[part], gates[part], experts, dtype, activation, T * K)
+        _kernels.expert_mlp_backward(
             *arguments,
-            wide_x.data_ptr(),
-            wide_grad_y.data_ptr(),
-            weights.data_ptr(),
-            grad_experts.data_ptr(),
+            grad_y[part].data_ptr(),
+            pre[:, part].data_ptr(),
+            address(grad_x, part, needs_x),
+            address(grad_gates, part, needs_gates),
+            address(weights, slice(None), needs_experts),
         )
-    return grad_x.to(x.dtype), grad_gates.to(gates.dtype), grad_experts
+        if needs_experts:
+            _kernels.expert_mlp_table_grad(
+                *arguments,
+                x[part].data_ptr(),
+                grad_y[part].data_ptr(),
+                weights.data_ptr(),
+                grad_experts.data_ptr(),
+                start > 0,
+            )
+    return grad_x.to(x_dtype), grad_gates.to(gates_dtype), grad_experts
 
 
 def _mask_address(mask: Tensor | None) -> int:
