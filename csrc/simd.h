@@ -394,9 +394,10 @@ inline Vec<float> exponential(Vec<float> exponent) {
 }
 
 // The error function, relative error below 4e-7: a quotient of polynomials in x^2, fitted for the least
-// largest relative error on |x| <= 3.92; beyond, 1 is right to the last bit of a float.
-inline Vec<float> error_function(Vec<float> x) {
-  x = x < -3.92f ? splat(-3.92f) : x;
+// largest relative error on |x| <= 3.92. Beyond it is 1 to the last bit of a float, and must be exactly that:
+// GELU multiplies what is missing by numbers of any size.
+inline Vec<float> error_function(Vec<float> argument) {
+  Vec<float> x = argument < -3.92f ? splat(-3.92f) : argument;
   x = x > 3.92f ? splat(3.92f) : x;
   const Vec<float> s = x * x;
   Vec<float> p = splat(2.050283683274756e-06f);
@@ -411,7 +412,9 @@ inline Vec<float> error_function(Vec<float> x) {
   q = q * s + 0.11410534381866455f;
   q = q * s + 0.5020676255226135f;
   q = q * s + 1.0f;
-  return x * p / q;
+  const Vec<float> inside = x * p / q;
+  const Vec<float> above = argument >= 3.92f ? splat(1.0f) : inside;
+  return argument <= -3.92f ? splat(-1.0f) : above;
 }
 
 inline Vec<double> exponential(Vec<double> x) {

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from million_experts import PEER
+from million_experts.ops import available_backends
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +33,12 @@ def make_layer() -> Callable[..., PEER]:
         return layer
 
     return make
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend that runs here."""
+    reason = available_backends()[request.param]
+    if reason:
+        pytest.skip(reason)
+    return request.param

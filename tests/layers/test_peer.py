@@ -136,9 +136,11 @@ def test_is_algorithm_1(case, make_layer, assert_close):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(("glu", "share_keys"), [(True, False), (False, True)])
 def test_gradients_are_those_of_algorithm_1(
-    training, query_norm, score, glu, share_keys, make_layer, assert_close
+    training, query_norm, score, glu, share_keys, make_layer, assert_close, backend
 ):
-    layer = make_layer(query_norm=query_norm, score=score, glu=glu, share_keys=share_keys).train(training)
+    layer = make_layer(
+        query_norm=query_norm, score=score, glu=glu, share_keys=share_keys, backend=backend
+    ).train(training)
     x, weights = torch.randn(2, 7, 5, dtype=torch.float64)
     expected = step(copy.deepcopy(layer), x, weights, run=None)
     twin = copy.deepcopy(layer)
@@ -149,8 +151,8 @@ def test_gradients_are_those_of_algorithm_1(
 
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (2, 1, 3), (0,), (2, 0)])
 @pytest.mark.parametrize("with_mask", [False, True])
-def test_leading_dimensions(lead, with_mask, make_layer):
-    layer = make_layer().eval()
+def test_leading_dimensions(lead, with_mask, make_layer, backend):
+    layer = make_layer(backend=backend).eval()
     x = torch.randn(*lead, 5, dtype=torch.float64)
     mask = torch.rand(lead) > 0.3 if with_mask else None
     y, routing = layer(x, mask=mask, return_routing=True)
@@ -185,8 +187,10 @@ def test_routing_is_that_of_the_operations(make_layer):
 @pytest.mark.parametrize("query_norm", QUERY_NORMS)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("content", [0.0, 1e30, float("nan"), float("inf")])
-def test_masked_tokens_count_for_nothing(training, query_norm, score, content, make_layer, assert_close):
-    layer = make_layer(query_norm=query_norm, score=score, glu=True).train(training)
+def test_masked_tokens_count_for_nothing(
+    training, query_norm, score, content, make_layer, assert_close, backend
+):
+    layer = make_layer(query_norm=query_norm, score=score, glu=True, backend=backend).train(training)
     compacted = copy.deepcopy(layer)
     x, weights = torch.randn(2, 7, 5, dtype=torch.float64)
     expected = step(compacted, x[MASK], weights[MASK])
@@ -243,8 +247,8 @@ def test_nothing_but_masked_tokens_is_refused_in_training(query_norm, lead, make
 
 @pytest.mark.parametrize("query_norm", QUERY_NORMS)
 @pytest.mark.parametrize("score", SCORES)
-def test_nothing_but_masked_tokens_gives_zeros_in_eval(query_norm, score, make_layer):
-    layer = make_layer(query_norm=query_norm, score=score).eval()
+def test_nothing_but_masked_tokens_gives_zeros_in_eval(query_norm, score, make_layer, backend):
+    layer = make_layer(query_norm=query_norm, score=score, backend=backend).eval()
     x, weights = torch.full((2, 7, 5), float("nan"), dtype=torch.float64)
     result = step(layer, x, weights, mask=torch.zeros(7, dtype=torch.bool))
     buffers = dict(layer.named_buffers())
@@ -280,8 +284,10 @@ def test_tokens_of_another_width_are_refused(shape, make_layer):
 @pytest.mark.parametrize("query_norm", QUERY_NORMS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("glu", [False, True])
-def test_token_that_is_not_finite(score, activation, query_norm, value, glu, make_layer):
-    layer = make_layer(score=score, activation=activation, query_norm=query_norm, glu=glu).eval()
+def test_token_that_is_not_finite(score, activation, query_norm, value, glu, make_layer, backend):
+    layer = make_layer(
+        score=score, activation=activation, query_norm=query_norm, glu=glu, backend=backend
+    ).eval()
     x = torch.randn(7, 5, dtype=torch.float64)
     y, routing = layer(x, return_routing=True)
     x[2, 3] = value
@@ -299,9 +305,11 @@ def test_token_that_is_not_finite(score, activation, query_norm, value, glu, mak
         assert not torch.isfinite(layer.train()(x)[[2, 4]]).any()
 
 
-def test_infinite_token_that_every_expert_would_silence(make_layer):
+def test_infinite_token_that_every_expert_would_silence(make_layer, backend):
     # Its query is finite where it counts (gates of 1) and ReLU maps -inf to 0: only the retrieval can tell.
-    layer = make_layer(key_dim=2, score="sigmoid", activation="relu", query_norm="none").eval()
+    layer = make_layer(
+        key_dim=2, score="sigmoid", activation="relu", query_norm="none", backend=backend
+    ).eval()
     with torch.no_grad():
         for weight in (layer.query_proj.weight, layer.keys1, layer.keys2):
             weight.abs_()
@@ -316,9 +324,9 @@ def test_infinite_token_that_every_expert_would_silence(make_layer):
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)))
 @pytest.mark.parametrize("query_norm", QUERY_NORMS)
 @pytest.mark.parametrize("training", [True, False])
-def test_output_has_the_dtype_of_x(dtypes, query_norm, training, make_layer, assert_close):
+def test_output_has_the_dtype_of_x(dtypes, query_norm, training, make_layer, assert_close, backend):
     of_x, of_layer = dtypes
-    layer = make_layer(query_norm=query_norm).to(of_layer).train(training)
+    layer = make_layer(query_norm=query_norm, backend=backend).to(of_layer).train(training)
     x = torch.randn(7, 5).to(of_x)
     result = step(layer, x, x)
     assert result["y"].dtype == result["x"].dtype == of_x
@@ -382,8 +390,8 @@ def test_autocast(make_layer):
         assert result[name].any()
 
 
-def test_autocast_keeps_batch_statistics_in_float32(make_layer):
-    layer = make_layer().float()
+def test_autocast_keeps_batch_statistics_in_float32(make_layer, backend):
+    layer = make_layer(backend=backend).float()
     with torch.autocast("cpu", torch.bfloat16):
         layer(torch.randn(7, 5))
     assert layer.query_norm.running_var.dtype == torch.float32
@@ -391,8 +399,8 @@ def test_autocast_keeps_batch_statistics_in_float32(make_layer):
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("mask", [None, MASK])
-def test_checkpointing_changes_nothing(use_reentrant, mask, make_layer):
-    layer = make_layer(glu=True)
+def test_checkpointing_changes_nothing(use_reentrant, mask, make_layer, backend):
+    layer = make_layer(glu=True, backend=backend)
     x, weights = torch.randn(2, 7, 5, dtype=torch.float64)
     expected = step(copy.deepcopy(layer), x, weights, mask=mask)
     assert expected["query_norm.num_batches_tracked"] == 1
@@ -403,9 +411,9 @@ def test_checkpointing_changes_nothing(use_reentrant, mask, make_layer):
 
 @pytest.mark.parametrize("query_norm", ["batch", "layer"])
 @pytest.mark.parametrize("mask", [None, MASK])
-def test_compiled_as_one_graph(query_norm, mask, make_layer, assert_close):
+def test_compiled_as_one_graph(query_norm, mask, make_layer, assert_close, backend):
     torch.compiler.reset()
-    layer = make_layer(glu=query_norm == "layer", query_norm=query_norm, score="sigmoid")
+    layer = make_layer(glu=query_norm == "layer", query_norm=query_norm, score="sigmoid", backend=backend)
     x, weights = torch.randn(2, 7, 5, dtype=torch.float64)
     expected = step(copy.deepcopy(layer), x, weights, mask=mask)
     result = step(layer, x, weights, run=torch.compile(layer, fullgraph=True), mask=mask)
@@ -413,9 +421,9 @@ def test_compiled_as_one_graph(query_norm, mask, make_layer, assert_close):
         assert_close(result[name], right, torch.float64)
 
 
-def test_compiled_in_eval(make_layer, assert_close):
+def test_compiled_in_eval(make_layer, assert_close, backend):
     torch.compiler.reset()
-    layer = make_layer().eval()
+    layer = make_layer(backend=backend).eval()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (3, 8):
         x = torch.randn(tokens, 5, dtype=torch.float64)
@@ -424,8 +432,8 @@ def test_compiled_in_eval(make_layer, assert_close):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mask", [None, MASK])
-def test_export(training, mask, make_layer, assert_close):
-    layer = make_layer().train(training)
+def test_export(training, mask, make_layer, assert_close, backend):
+    layer = make_layer(backend=backend).train(training)
     x = torch.randn(7, 5, dtype=torch.float64)
     expected = copy.deepcopy(layer)(x, mask=mask)
     program = torch.export.export(layer, (x,), {"mask": mask})
@@ -433,8 +441,8 @@ def test_export(training, mask, make_layer, assert_close):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_export_with_any_number_of_tokens(training, make_layer, assert_close):
-    layer = make_layer().train(training)
+def test_export_with_any_number_of_tokens(training, make_layer, assert_close, backend):
+    layer = make_layer(backend=backend).train(training)
     x = torch.randn(7, 5, dtype=torch.float64)
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},))
     longer = torch.randn(11, 5, dtype=torch.float64)
@@ -551,9 +559,9 @@ def test_sub_keys_appended_to_the_first_codebook_move_no_expert(share_keys, make
     assert torch.equal(after[0], before[0])
 
 
-def test_golden_checkpoint(assert_close):
+def test_golden_checkpoint(assert_close, backend):
     golden = torch.load(Path(__file__).with_name("golden_peer.pt"), weights_only=True)
-    layer = PEER(**golden["settings"]).double()
+    layer = PEER(**golden["settings"], backend=backend).double()
     layer.load_state_dict(golden["state"], strict=True)
     y, routing = layer.eval()(golden["x"], return_routing=True)
     assert torch.equal(routing.indices, golden["indices"])

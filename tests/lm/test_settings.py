@@ -30,7 +30,7 @@ def test_presets_are_those_that_are_documented():
 @pytest.mark.parametrize(
     ("name", "experts", "layers", "kinds"),
     [
-        ("demo", 65536, 1, ["dense", "dense", "peer", "dense"]),
+        ("demo", 262144, 1, ["dense", "dense", "peer", "dense"]),
         ("ostix360-test1", 1296, 6, ["peer"] * 6),
         ("ostix360-test2", 900, 6, ["peer"] * 6),
         ("paper-middle", 1024**2, 1, ["dense"] * 4 + ["peer"] + ["dense"] * 3),

@@ -91,6 +91,8 @@ class MaskedBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+        if isinstance(count, Tensor):
+            count = count.to(var.dtype)  # a quotient of integers would be float32
         unbiased = var * (count / (count - 1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)

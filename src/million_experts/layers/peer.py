@@ -207,21 +207,29 @@ class PEER(ProductKeyRetrieval):
         # While a graph is traced the number of tokens may be a symbol, which must not be compared.
         if type(x.shape[0]) is not int or x.shape[0] > FUSED_TOKENS or x.device.type != "cpu":
             return None
-        if self.training or torch.is_grad_enabled() or self._routing_hooks or torch.is_autocast_enabled("cpu"):
-            return None
-        weight, keys1, experts, norm = self.query_proj.weight, self.keys1, self.experts, self.query_norm
-        if not x.dtype == weight.dtype == keys1.dtype == torch.float32 or experts.dtype == torch.float64:
+        if (
+            self.training
+            or torch.is_grad_enabled()
+            or self._routing_hooks
+            or torch.is_autocast_enabled("cpu")
+        ):
             return None
         if resolve_backend(self.backend) != "cpu":
             return None
+        weight, keys1, keys2 = self.query_proj.weight, self.keys1, self.keys2
+        experts, norm = self.experts, self.query_norm
         kind, eps, tensors = "none", 0.0, []
         if isinstance(norm, MaskedBatchNorm):
             kind, eps = "batch", norm.eps
             tensors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         elif isinstance(norm, nn.LayerNorm):
             kind, eps, tensors = "layer", norm.eps, [norm.weight, norm.bias]
+        if experts.dtype == torch.float64 or any(
+            t.dtype != torch.float32 for t in (x, weight, keys1, keys2, *tensors)
+        ):
+            return None
         return layer_inference(
-            x, weight, kind, tensors, eps, keys1, self.keys2, experts, self.num_heads, self.experts_per_head,
+            x, weight, kind, tensors, eps, keys1, keys2, experts, self.num_heads, self.experts_per_head,
             self.score, self.activation,
         )  # fmt: skip
 

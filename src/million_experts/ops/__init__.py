@@ -70,7 +70,9 @@ def product_key_topk(
     smaller = min(keys1.shape[-2], keys2.shape[-2])
     if not 1 <= k <= smaller:
         raise ValueError(f"k must lie in [1, {smaller}], the size of the smaller codebook, got {k}")
-    return torch.ops.million_experts.product_key_topk(query, keys1, keys2, k, resolve_backend(backend, query.device.type))
+    return torch.ops.million_experts.product_key_topk(
+        query, keys1, keys2, k, resolve_backend(backend, query.device.type)
+    )
 
 
 def expert_mlp(
@@ -126,7 +128,7 @@ def expert_mlp(
         )
     _check_floating(x=x, gates=gates, experts=experts)
     _check_mask(mask, tokens)
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         low = torch.get_autocast_dtype(x.device.type)
         x, gates = (t if t.dtype == torch.float64 else t.to(low) for t in (x, gates))
     y, _ = torch.ops.million_experts.expert_mlp(

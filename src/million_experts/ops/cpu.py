@@ -36,7 +36,9 @@ def _find_openmp() -> str | None:
     pattern = re.compile(r"/lib(gomp|iomp5|omp)[^/]*\.(so|dylib)[^/]*$")
     if sys.platform == "linux":
         with open("/proc/self/maps") as maps:
-            loaded = {line.split(maxsplit=5)[5].strip() for line in maps if line.count(" ") > 4 and "/" in line}
+            loaded = {
+                line.split(maxsplit=5)[5].strip() for line in maps if line.count(" ") > 4 and "/" in line
+            }
     else:
         loaded = {str(path) for path in (Path(torch.__file__).parent / "lib").iterdir()}
     found = sorted(path for path in loaded if pattern.search(path))
@@ -319,7 +321,9 @@ def masked_batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; none of a masked token's."""
     dtype = mean.dtype
-    grad_y, wide_x, wide_weight = (_sum_tensor(t, dtype) for t in (grad_y, x, weight))
+    grad_y, wide_x, wide_weight, mean, variance = (
+        _sum_tensor(t, dtype) for t in (grad_y, x, weight, mean, variance)
+    )
     mask = mask if mask is None else mask.contiguous()
     grad_x = torch.empty_like(wide_x)
     grad_weight, grad_bias = torch.empty_like(wide_weight), torch.empty_like(wide_weight)

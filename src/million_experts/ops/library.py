@@ -27,7 +27,7 @@ def _without_autocast(kernel):
 
     def run(first: Tensor, *others):
         device = first.device.type
-        if not torch.is_autocast_enabled(device):
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return kernel(first, *others)
         with torch.autocast(device, enabled=False):
             return kernel(first, *others)
@@ -37,6 +37,7 @@ def _without_autocast(kernel):
 
 def refuse_double_backward(name: str) -> None:
     """Makes the second derivative of an operation an error; without it there would silently be none."""
+
     def backward(ctx, *grads):
         raise RuntimeError(
             f"{name} has no second derivative: double backward is not supported; "
@@ -44,6 +45,17 @@ def refuse_double_backward(name: str) -> None:
         )
 
     torch.library.register_autograd(f"million_experts::{name}_backward", backward, lib=LIBRARY)
+
+
+def _check_indices(indices: Tensor, num_experts: int) -> None:
+    if indices.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(indices))
+    if low < 0 or high >= num_experts:
+        raise IndexError(
+            f"indices must lie in [0, {num_experts}), the experts in the pool, "
+            f"got values from {low} to {high}"
+        )
 
 
 def _topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
@@ -59,6 +71,7 @@ def _topk_fake(query: Tensor, keys1: Tensor, keys2: Tensor, k: int, backend: str
 def _topk_backward(
     grad_scores: Tensor, indices: Tensor, query: Tensor, keys1: Tensor, keys2: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_indices(indices, keys1.shape[-2] * keys2.shape[-2])
     return implementation(backend).product_key_topk_backward(grad_scores, indices, query, keys1, keys2)
 
 
@@ -99,17 +112,6 @@ torch.library.register_autograd(
     "million_experts::product_key_topk", _topk_autograd, setup_context=_topk_setup, lib=LIBRARY
 )
 refuse_double_backward("product_key_topk")
-
-
-def _check_indices(indices: Tensor, num_experts: int) -> None:
-    if indices.numel() == 0:
-        return
-    low, high = (int(v) for v in torch.aminmax(indices))
-    if low < 0 or high >= num_experts:
-        raise IndexError(
-            f"indices must lie in [0, {num_experts}), the experts in the pool, "
-            f"got values from {low} to {high}"
-        )
 
 
 def _mlp(
@@ -155,6 +157,7 @@ def _mlp_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_indices(indices, len(experts))
     run = implementation(backend).expert_mlp_backward
     if mask is None:
         return run(grad_y, x, indices, gates, experts, pre, activation, *needs)

@@ -267,8 +267,7 @@ def masked_batch_norm(
     centred = real - mean
     variance = centred.square().mean(0)
     y = centred * (torch.rsqrt(variance + eps) * weight) + bias
-    if mask is not None:
-        y = _at_real_tokens(y, mask)
+    y = y.contiguous() if mask is None else _at_real_tokens(y, mask)
     return y, mean, variance
 
 
@@ -290,6 +289,5 @@ def masked_batch_norm_backward(
     z = (real - mean) * rstd
     grad_weight, grad_bias = (grad * z).sum(0), grad.sum(0)
     grad_x = weight.to(dtype) * rstd * (grad - grad_bias / len(grad) - z * (grad_weight / len(grad)))
-    if mask is not None:
-        grad_x = _at_real_tokens(grad_x, mask)
+    grad_x = grad_x.contiguous() if mask is None else _at_real_tokens(grad_x, mask)
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
