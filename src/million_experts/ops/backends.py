@@ -62,10 +62,10 @@ def implementation(backend: str) -> ModuleType:
 
 
 def advise_huge_pages(tensor: Tensor) -> bool:
-    """Asks the system for huge pages under a large tensor, as a table of experts is; whether it may grant them.
+    """Asks the system for huge pages under a large tensor, such as a table; whether it may grant them.
 
-    Rows at random places of gigabytes cost a page walk each otherwise: at a million experts of 2 KiB `expert_mlp`
-    took 34 ms on huge pages and 45 to 50 ms without. Best before the first write.
+    Otherwise each row at a random place of gigabytes costs a walk through page tables. Best before the first
+    write to the tensor.
     """
     cpu = _IMPLEMENTATIONS.get("cpu")
     return cpu is not None and cpu.advise_huge_pages(tensor)

@@ -1,7 +1,7 @@
 """The operations by the C++ kernels in csrc/: tensors are made contiguous and handed over as addresses.
 
-Shapes as in `reference`. The kernels run on torch's own OpenMP threads and give the same bits for any number of
-them. `docs/kernels.md` explains how they work.
+Shapes as in `reference`. The kernels run on torch's own OpenMP threads and give the same bits for any number
+of them. `docs/kernels.md` explains how they work.
 """
 
 import ctypes
@@ -25,14 +25,14 @@ KEPT_BYTES = 8 * 2**20
 # From this size on a table is put on huge pages.
 HUGE_BYTES = 32 * 2**20
 
-# Experts that tokens meet together, where they share enough of them: as many as fill about half the second cache.
+# Experts that tokens meet together, where they share enough of them: as many as fill half the second cache.
 BLOCK_BYTES = 2**20
 TILE_TOKENS = 1024
 BLOCK_REUSE = 4.0
 
 
 def _find_openmp() -> str | None:
-    """Path of the OpenMP runtime that torch brought into this process; the kernels must not bring a second."""
+    """Path of the OpenMP runtime that torch brought into this process: the kernels bring no second one."""
     pattern = re.compile(r"/lib(gomp|iomp5|omp)[^/]*\.(so|dylib)[^/]*$")
     if sys.platform == "linux":
         with open("/proc/self/maps") as maps:
@@ -53,7 +53,7 @@ def _use_openmp() -> str | None:
     library = ctypes.CDLL(path)
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     try:
-        entries = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
+        entries = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names]
     except AttributeError:
         return None
     _kernels.use_openmp(*entries)
@@ -151,7 +151,7 @@ def _is_anonymous(address: int) -> bool:
 
 
 def _large_empty(like: Tensor) -> Tensor:
-    """An uninitialised tensor; a large one on huge pages and in memory that was used before, if there is any."""
+    """An uninitialised tensor; a large one on huge pages, in memory that was used before if there is any."""
     if like.nbytes < KEPT_BYTES:
         return torch.empty(like.shape, dtype=like.dtype)
     return _kernels.buffer(like.nbytes).view(like.dtype).view(like.shape)
@@ -188,11 +188,11 @@ def product_key_topk_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, keys1 and keys2; only the selected sub-keys get any."""
     dtype = accumulation_dtype(grad_scores, query, keys1, keys2)
-    inputs = [_sum_tensor(t, dtype) for t in (query, keys1, keys2)]
-    grads = [torch.empty(t.shape, dtype=dtype) for t in inputs]
+    wide_query, wide_keys1, wide_keys2 = (_sum_tensor(t, dtype) for t in (query, keys1, keys2))
+    grads = [torch.empty(t.shape, dtype=dtype) for t in (query, keys1, keys2)]
     grad_scores, indices = _sum_tensor(grad_scores, dtype), indices.contiguous()
     _kernels.product_key_topk_backward(
-        *_retrieval_arguments(*inputs, indices.shape[-1]),
+        *_retrieval_arguments(wide_query, wide_keys1, wide_keys2, indices.shape[-1]),
         grad_scores.data_ptr(),
         indices.data_ptr(),
         *(grad.data_ptr() for grad in grads),
@@ -237,8 +237,8 @@ def expert_mlp(
 def backward_tokens(tokens: int, experts_per_token: int, num_experts: int, rounded: bool) -> int:
     """How many tokens go backward at a time.
 
-    The gradient of the table needs some numbers for each pair. Taking few tokens at a time bounds that memory,
-    as long as adding to the gradient again costs little beside the pairs: from 32 pairs an expert on. A table
+    The gradient of the table needs some numbers for each pair. Taking few tokens at a time bounds that
+    memory, as long as adding to the gradient again costs little beside the pairs: from 32 pairs an expert on. A table
     narrower than the sums (`rounded`) is rounded once, at the end, so all tokens go at once.
     """
     if rounded:
@@ -355,8 +355,8 @@ def layer_inference(
 ) -> Tensor:
     """A PEER layer's output [T, D] for x [T, D] in eval mode: meant for few tokens, one above all.
 
-    All tensors are float32, but for the experts, which may be narrower. `norm` has weight and bias of the query
-    norm, for "batch" followed by the running mean and variance; nothing for "none".
+    All tensors are float32, but for the experts, which may be narrower. `norm` has weight and bias of the
+    query norm, for "batch" followed by the running mean and variance; nothing for "none".
     """
     T, D = x.shape
     x, query_weight, keys1, keys2, experts = (
