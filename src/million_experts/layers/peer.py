@@ -22,9 +22,9 @@ from million_experts.ops.library_layer import layer_inference
 INIT_PAIRS = 2**17
 INIT_BATCH = 4096  # tokens at a time
 
-# Up to this many tokens one fused operation computes the layer where no gradient is wanted: it cuts the work of
-# a single token for all threads, and spares the overhead of a dozen operations. With 32 tokens both take the same
-# time, then the general path's matrix products win.
+# Up to this many tokens one fused operation computes the layer where no gradient is wanted: it cuts the
+# work of a single token for all threads, and spares the overhead of a dozen operations. With 32 tokens both
+# take the same time, then the general path's matrix products win.
 FUSED_TOKENS = 16
 
 

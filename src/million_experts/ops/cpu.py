@@ -238,8 +238,8 @@ def backward_tokens(tokens: int, experts_per_token: int, num_experts: int, round
     """How many tokens go backward at a time.
 
     The gradient of the table needs some numbers for each pair. Taking few tokens at a time bounds that
-    memory, as long as adding to the gradient again costs little beside the pairs: from 32 pairs an expert on. A table
-    narrower than the sums (`rounded`) is rounded once, at the end, so all tokens go at once.
+    memory, as long as adding to the gradient again costs little beside the pairs: from 32 pairs an expert on.
+    A table narrower than the sums (`rounded`) is rounded once, at the end, so all tokens go at once.
     """
     if rounded:
         return max(1, tokens)
