@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
@@ -19,6 +20,7 @@ constexpr size_t reclaimable = size_t{64} << 20;  // the system may have buffers
 
 std::mutex mutex;
 std::multimap<size_t, void*> kept;  // size in whole pages -> buffer
+size_t total_kept = 0, in_use = 0, most_in_use = 0;
 
 size_t whole_pages(size_t bytes) { return (bytes + huge_page - 1) / huge_page * huge_page; }
 
@@ -45,6 +47,14 @@ void* map(size_t bytes) {
 void unmap(void* data, size_t) { std::free(data); }
 #endif
 
+// Of the kept ones; the caller holds the lock.
+void unmap_largest() {
+  const auto largest = std::prev(kept.end());
+  total_kept -= largest->first;
+  unmap(largest->second, largest->first);
+  kept.erase(largest);
+}
+
 // The part of an array that consists of whole pages.
 struct Pages {
   char* start;
@@ -69,13 +79,24 @@ void* take_buffer(size_t bytes) {
   {
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = kept.find(bytes);
+    in_use += bytes;
     if (found != kept.end()) {
       void* data = found->second;
       kept.erase(found);
+      total_kept -= bytes;
       return data;
     }
+    // Buffers of other sizes go, so that all together never take more than was in use at one time.
+    if (in_use > most_in_use) most_in_use = in_use;
+    while (!kept.empty() && in_use + total_kept > most_in_use) unmap_largest();
   }
-  return map(bytes);
+  try {
+    return map(bytes);
+  } catch (...) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    in_use -= bytes;
+    throw;
+  }
 }
 
 void return_buffer(void* data, size_t bytes) {
@@ -85,24 +106,21 @@ void return_buffer(void* data, size_t bytes) {
 #endif
   const std::lock_guard<std::mutex> lock(mutex);
   kept.emplace(bytes, data);
+  in_use -= bytes;
+  total_kept += bytes;
 }
 
 size_t release_buffers() {
   const std::lock_guard<std::mutex> lock(mutex);
-  size_t total = 0;
-  for (const auto& [bytes, data] : kept) {
-    unmap(data, bytes);
-    total += bytes;
-  }
-  kept.clear();
-  return total;
+  const size_t released = total_kept;
+  while (!kept.empty()) unmap_largest();
+  most_in_use = in_use;
+  return released;
 }
 
 size_t kept_bytes() {
   const std::lock_guard<std::mutex> lock(mutex);
-  size_t total = 0;
-  for (const auto& entry : kept) total += entry.first;
-  return total;
+  return total_kept;
 }
 
 bool advise_huge_pages(void* data, size_t bytes) {

@@ -121,7 +121,8 @@ def test_the_readmes_figures_are_those_of_the_committed_run():
     assert results["parameters"]["label"] in readme
     for row in (results["test"], *results["yardsticks"].values()):
         assert f"{row['bits_per_byte']:.3f}" in readme
-    assert results["test"]["bits_per_byte"] < results["yardsticks"]["interpolated bigram"]["bits_per_byte"]
+    bigram = results["yardsticks"]["interpolated bigram"]["bits_per_byte"]
+    assert results["test"]["bits_per_byte"] < 0.95 * bigram
     minutes = results["training_seconds"] / 60
     assert "in about ten minutes" in readme
     assert 8 < minutes < 12
@@ -130,11 +131,11 @@ def test_the_readmes_figures_are_those_of_the_committed_run():
 @pytest.mark.slow
 @pytest.mark.parametrize("command", SLOW)
 def test_training_commands_run_in_full(command, tmp_path):
-    """Each takes a quarter of an hour on two cores, and has to beat the bigram."""
+    """Each takes a quarter of an hour on two cores, and has to end 5 % below the bigram."""
     assert command in commands()
     program = Path(sys.executable).parent / "million-experts"
     subprocess.run([str(program), *shlex.split(command)[1:]], cwd=tmp_path, check=True, timeout=3600)
     results = json.loads((tmp_path / "runs/demo/results.json").read_text())
     bigram = results["yardsticks"]["interpolated bigram"]["bits_per_byte"]
-    assert results["test"]["bits_per_byte"] < bigram
+    assert results["test"]["bits_per_byte"] < 0.95 * bigram
     assert results["training_seconds"] < 15 * 60

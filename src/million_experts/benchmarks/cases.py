@@ -255,17 +255,21 @@ def _sweep(group: str, label: str, **change: int) -> Case:
     return Case(
         f"{group}={label}",
         f"dim {dim}, N={side}^2, H=8, k={shape['experts_per_head']}, T={tokens}",
-        layers(
-            tokens,
-            dim,
-            shape["num_experts"],
-            shape["experts_per_head"],
-            128,
-            dense_width=4 * dim,
-            moe_width=dim,
+        tuple(
+            competitor
+            for competitor in layers(
+                tokens,
+                dim,
+                shape["num_experts"],
+                shape["experts_per_head"],
+                128,
+                dense_width=4 * dim,
+                moe_width=dim,
+            )
+            if competitor.name != COMPILED  # a minute of compilation for each point
         ),
         # BatchNorm has no statistics of one token, so that none trains on it.
-        ("forward",) if tokens == 1 else PHASES,
+        ("forward",) if tokens == 1 else ("forward", "step"),
         group=group,
     )
 

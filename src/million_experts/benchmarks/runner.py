@@ -27,13 +27,13 @@ Row = dict[str, Any]
 class Effort:
     """How often and how long: repetitions of an iteration, and seconds after which three suffice."""
 
-    repetitions: int = 15
-    limit: float = 10.0
+    repetitions: int = 11
+    limit: float = 5.0
 
 
-QUICK = Effort(repetitions=9, limit=6.0)
+QUICK = Effort(repetitions=9, limit=4.0)
 # A point of a sweep is one of many on a curve.
-SWEEP = Effort(repetitions=7, limit=3.0)
+SWEEP = Effort(repetitions=7, limit=1.5)
 
 
 @dataclass
