@@ -1,26 +1,53 @@
-# The commands that README and CI use. Everything lives in .venv; `make clean` removes it.
+# The commands that README and CI use. Everything lives in .venv, wheels in dist; `make clean` removes both.
 PYTHON ?= python3
 VENV ?= .venv
+DIST ?= dist
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: help train test test-slow lint format clean
+# Compiled objects stay here: after an edit only what it touched is compiled, and wheels are made of the same objects.
+BUILD := $(abspath $(VENV))/build
+# The build tools come from the environment: with pip's isolation they would have another path each time, and be
+# other versions than constraints.txt says.
+INSTALL := $(PIP) install --no-deps --no-build-isolation --config-settings=build-dir=$(BUILD)
+# A compiler that reports an error stops `make`; only where there is none the package goes without kernels.
+export MILLION_EXPERTS_NEED_KERNELS := $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++),1)
+
+.PHONY: help train bench bench-check test test-slow sanitize lint format wheel clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.tools: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all]"
+	$(PIP) install -c constraints.txt scikit-build-core nanobind ninja $(if $(shell command -v cmake),,cmake)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools CMakeLists.txt $(wildcard csrc/*)
+	$(INSTALL) -e .
+	$(PIP) install -c constraints.txt "million-experts[all]"
 	touch $@
 
 train: $(VENV)/.installed ## Train the demo: a language model with 262,144 experts, ten minutes on two cores
 	$(BIN)/million-experts train --preset demo --resume
+
+bench: $(VENV)/.installed ## Measure the layer beside others: time and peak memory, with figures
+	$(BIN)/million-experts bench --output docs/results/bench
+
+bench-check: $(VENV)/.installed ## Fail when a ratio got more than 25 % worse than the committed results
+	$(BIN)/million-experts bench --check docs/results/bench
 
 test: lint ## Lint, check types, run the tests (some minutes)
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed ## Run what takes longer: the README's training commands, many kills of a run
 	$(BIN)/python -m pytest -m slow
+
+sanitize: $(VENV)/.installed ## Run the kernels under the address and undefined-behaviour sanitizers (needs gcc)
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir $(BUILD)-sanitize/wheel \
+	  --config-settings=build-dir=$(BUILD)-sanitize --config-settings=install.strip=false \
+	  --config-settings=cmake.define.ME_SANITIZE=address,undefined .
+	$(BIN)/python tests/sanitize/run.py $(BUILD)-sanitize/_kernels.*.so
 
 lint: $(VENV)/.installed ## Check style (ruff) and types (mypy)
 	$(BIN)/ruff check .
@@ -31,5 +58,10 @@ format: $(VENV)/.installed ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## Remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+wheel: $(VENV)/.installed ## Build a wheel for other Linux machines into dist
+	rm -rf $(BUILD)/wheel
+	$(PIP) wheel --no-deps --no-build-isolation --config-settings=build-dir=$(BUILD) --wheel-dir $(BUILD)/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir $(DIST) $(BUILD)/wheel/*.whl
+
+clean: ## Remove the environment, caches and wheels
+	rm -rf $(VENV) $(DIST) .mypy_cache .pytest_cache .ruff_cache .hypothesis

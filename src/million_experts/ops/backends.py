@@ -1,6 +1,7 @@
 """Which implementations of the operations run here, and why the others do not."""
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 from torch import Tensor
@@ -13,12 +14,17 @@ NAMES = ("auto", "reference", "cpu", "triton")
 # Fastest first: "auto" takes the first one that runs.
 _IMPLEMENTATIONS: dict[str, ModuleType] = {}
 _UNAVAILABLE = {"triton": "this release has no Triton kernels"}
-try:
-    _IMPLEMENTATIONS["cpu"] = importlib.import_module("million_experts.ops.cpu")
-except ImportError as error:
+if importlib.util.find_spec("million_experts.ops._kernels") is None:
+    # pip keeps what it built: without --no-cache-dir a compiler that came later would change nothing.
     _UNAVAILABLE["cpu"] = (
-        f"the C++ kernels were not built ({error}); install with a C++17 compiler at hand, or a wheel"
+        "this installation has no C++ kernels: no C++17 compiler worked when it was built; install a wheel "
+        "that has them, or build it again (pip install -v --force-reinstall --no-deps --no-cache-dir)"
     )
+else:
+    try:
+        _IMPLEMENTATIONS["cpu"] = importlib.import_module("million_experts.ops.cpu")
+    except ImportError as error:
+        _UNAVAILABLE["cpu"] = f"the C++ kernels cannot be loaded here: {error}"
 _IMPLEMENTATIONS["reference"] = reference
 
 
