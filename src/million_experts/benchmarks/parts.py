@@ -123,7 +123,7 @@ def _kernel_read() -> Callable[[Tensor, Tensor], Tensor]:
         raise Unavailable(f"the C++ kernels have no random_row_read here ({error})") from error
 
     def read(table: Tensor, rows_TK: Tensor) -> Tensor:
-        result = kernel(table.detach(), rows_TK.flatten(), torch.get_num_threads())
+        result = kernel(table.detach(), rows_TK.flatten())
         return result if isinstance(result, Tensor) else torch.tensor(float(result or 0))
 
     return read
