@@ -24,7 +24,10 @@ void read_rows(RandomRead& a) {
       int64_t at = 0;
       for (; at + 4 * lanes<uint64_t> <= words; at += 4 * lanes<uint64_t>)
         for (int v = 0; v < 4; ++v) sum[v] += load(row + at + v * lanes<uint64_t>);
-      for (; at < words; ++at) sum[0][0] += row[at];
+      for (uint64_t word; at < words; ++at) {
+        std::memcpy(&word, row + at, sizeof word);  // rows need not be aligned
+        sum[0][0] += word;
+      }
     }
     uint64_t total = 0;
     for (const auto& v : sum)

@@ -49,7 +49,7 @@ BROKEN = {
 from million_experts.ops import reference
 truth = reference.product_key_topk
 reference.product_key_topk = lambda *a: (truth(*a)[0][..., :1], truth(*a)[1])
-product_key_topk(torch.randn(4, 3, 2, 4), torch.randn(6, 4), torch.randn(6, 4), 2)
+product_key_topk(torch.randn(4, 3, 2, 4), torch.randn(6, 4), torch.randn(6, 4), 2, "reference")
 """,
     "a layer": """
 layer = DenseFeedForward(8, 11)

@@ -17,8 +17,10 @@ NAMES = {
     million_experts: {"PEER", "ExpertUsage", "Routing", "__version__"},
     million_experts.ops: {
         "ACTIVATIONS",
+        "advise_huge_pages",
         "available_backends",
         "expert_mlp",
+        "masked_batch_norm",
         "product_key_topk",
         "resolve_backend",
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 
 import pytest
+import torch
 
 from million_experts.benchmarks.cases import Case, layers
 from million_experts.benchmarks.workload import Competitor
@@ -12,11 +13,14 @@ from million_experts.benchmarks.workload import Competitor
 SHAPE = {"dim": 16, "num_experts": 64, "num_heads": 2, "experts_per_head": 3, "key_dim": 8}
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _quick_initialisation():
+    # A benchmark sets the number of threads for its process; the tests that follow want theirs back.
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("million_experts.layers.peer.INIT_PAIRS", 2**10)
         yield
+    torch.set_num_threads(threads)
     gc.collect()
 
 
