@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from million_experts.ops.backends import implementation
-from million_experts.ops.reference import accumulation_dtype
+from million_experts.ops.reference import accumulation_dtype, spread
 
 LIBRARY = torch.library.Library("million_experts", "DEF")
 
@@ -130,14 +130,7 @@ def _mlp(
     y, pre = run(x[mask], indices[mask], gates[mask], experts, activation)
     all_pre = pre.new_zeros(len(pre), *indices.shape)
     all_pre[:, mask] = pre
-    return _spread(y, mask), all_pre
-
-
-def _spread(rows: Tensor, mask: Tensor) -> Tensor:
-    """The rows at the true places of the mask, zeros elsewhere."""
-    out = rows.new_zeros(len(mask), *rows.shape[1:])
-    out[mask] = rows
-    return out
+    return spread(y, mask), all_pre
 
 
 def _mlp_fake(x, indices, gates, experts, mask, activation, backend):
@@ -165,9 +158,9 @@ def _mlp_backward(
         grad_y[mask], x[mask], indices[mask], gates[mask], experts, pre[:, mask], activation, *needs
     )
     if needs[0]:
-        grad_x = _spread(grad_x, mask)
+        grad_x = spread(grad_x, mask)
     if needs[1]:
-        grad_gates = _spread(grad_gates, mask)
+        grad_gates = spread(grad_gates, mask)
     return grad_x, grad_gates, grad_experts
 
 

@@ -105,24 +105,9 @@ def layer_inference(
     return _inference(*arguments, "cpu")
 
 
-def _inference(
-    x: Tensor,
-    query_weight: Tensor,
-    query_norm: str,
-    norm: list[Tensor],
-    eps: float,
-    keys1: Tensor,
-    keys2: Tensor,
-    experts: Tensor,
-    num_heads: int,
-    k: int,
-    score: str,
-    activation: str,
-    backend: str,
-) -> Tensor:
-    return implementation(backend).layer_inference(
-        x, query_weight, query_norm, norm, eps, keys1, keys2, experts, num_heads, k, score, activation
-    )
+def _inference(*arguments) -> Tensor:
+    *layer, backend = arguments
+    return implementation(backend).layer_inference(*layer)
 
 
 def _inference_fake(x, *others):

@@ -267,12 +267,13 @@ def masked_batch_norm(
     centred = real - mean
     variance = centred.square().mean(0)
     y = centred * (torch.rsqrt(variance + eps) * weight) + bias
-    y = y.contiguous() if mask is None else _at_real_tokens(y, mask)
+    y = y.contiguous() if mask is None else spread(y, mask)
     return y, mean, variance
 
 
-def _at_real_tokens(rows: Tensor, mask: Tensor) -> Tensor:
-    out = rows.new_zeros(len(mask), rows.shape[1])
+def spread(rows: Tensor, mask: Tensor) -> Tensor:
+    """The rows at the true places of the mask, zeros elsewhere."""
+    out = rows.new_zeros(len(mask), *rows.shape[1:])
     out[mask] = rows
     return out
 
@@ -289,5 +290,5 @@ def masked_batch_norm_backward(
     z = (real - mean) * rstd
     grad_weight, grad_bias = (grad * z).sum(0), grad.sum(0)
     grad_x = weight.to(dtype) * rstd * (grad - grad_bias / len(grad) - z * (grad_weight / len(grad)))
-    grad_x = grad_x.contiguous() if mask is None else _at_real_tokens(grad_x, mask)
+    grad_x = grad_x.contiguous() if mask is None else spread(grad_x, mask)
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
