@@ -54,18 +54,22 @@ void walk_in_order(const ExpertMlp& a, int64_t first, int64_t last, const Visit&
   }
 }
 
+// A block is a power of two of experts, so that a shift tells the block of an expert: two divisions a pair took as
+// long as a quarter of the arithmetic.
+int block_shift(const ExpertMlp& a) { return 63 - __builtin_clzll(static_cast<uint64_t>(a.block_experts)); }
+int64_t block_count(const ExpertMlp& a) { return ((a.N - 1) >> block_shift(a)) + 1; }
+
 template <class Visit>
 void walk_by_blocks(const ExpertMlp& a, int64_t first, int64_t last, uint32_t* order, uint32_t* starts,
                     const Visit& visit) {
-  const int64_t blocks = (a.N + a.block_experts - 1) / a.block_experts;
+  const int shift = block_shift(a);
+  const int64_t blocks = block_count(a);
   const int64_t* indices = a.indices + first * a.K;
   const int64_t pairs = (last - first) * a.K;
   std::memset(starts, 0, sizeof(uint32_t) * static_cast<size_t>(blocks + 1));
-  const uint32_t divisor = static_cast<uint32_t>(a.block_experts);
-  for (int64_t p = 0; p < pairs; ++p) ++starts[static_cast<uint32_t>(indices[p]) / divisor + 1];
+  for (int64_t p = 0; p < pairs; ++p) ++starts[(indices[p] >> shift) + 1];
   for (int64_t b = 0; b < blocks; ++b) starts[b + 1] += starts[b];
-  for (int64_t p = 0; p < pairs; ++p)
-    order[starts[static_cast<uint32_t>(indices[p]) / divisor]++] = static_cast<uint32_t>(p);
+  for (int64_t p = 0; p < pairs; ++p) order[starts[indices[p] >> shift]++] = static_cast<uint32_t>(p);
 
   uint32_t positions[group_pairs];
   const uint32_t K = static_cast<uint32_t>(a.K);
@@ -89,7 +93,7 @@ void walk(const ExpertMlp& a, const Start& start, const Visit& visit) {
   int64_t tile = by_blocks ? tile_tokens : 16;
   if (tile > share) tile = share;
   if (tile < 1) return;
-  const int64_t blocks = by_blocks ? (a.N + a.block_experts - 1) / a.block_experts : 0;
+  const int64_t blocks = by_blocks ? block_count(a) : 0;
   Scratch<uint32_t> scratch(by_blocks ? a.threads * (tile * a.K + blocks + 1) : 0);
   std::atomic<int64_t> next{0};
   parallel(a.threads, [&](int thread, int) {

@@ -8,9 +8,10 @@
 namespace million_experts {
 namespace {
 
-// The pairs (a, b) of ranks in the two halves that can be among the best k: (a + 1) * (b + 1) <= k.
+// The pairs (a, b) of ranks in the two halves that can be among the best k: (a + 1) * (b + 1) <= k, so that rank a
+// has k / (a + 1) partners. Divided once, not for each query.
 struct PairList {
-  Scratch<int32_t> first, second;
+  Scratch<int32_t> first, second, partners;
   int64_t count = 0;
 
   static int64_t size(int64_t k) {
@@ -18,12 +19,14 @@ struct PairList {
     for (int64_t a = 1; a <= k; ++a) pairs += k / a;
     return pairs;
   }
-  explicit PairList(int64_t k) : first(size(k)), second(size(k)) {
-    for (int32_t a = 0; a < k; ++a)
-      for (int32_t b = 0; (a + 1) * (b + 1) <= k; ++b) {
+  explicit PairList(int64_t k) : first(size(k)), second(size(k)), partners(k) {
+    for (int32_t a = 0; a < k; ++a) {
+      partners.data[a] = static_cast<int32_t>(k / (a + 1));
+      for (int32_t b = 0; b < partners.data[a]; ++b) {
         first.data[count] = a;
         second.data[count++] = b;
       }
+    }
   }
 };
 
@@ -55,7 +58,7 @@ struct PairScratch {
   // The k best of a query's scores for one half; what follows the n scores is overwritten.
   void best_sub_keys(A* scores, int64_t n, int64_t k, int half, int r) {
     for (int64_t i = n; i % lanes<A>; ++i) scores[i] = minus_infinity<A>;
-    best_of<true>(scores, n, k, topk, [](int32_t p, int32_t q) { return p < q; }, scores_of(half, r),
+    best_of<A>(scores, n, k, topk, [](int32_t p, int32_t q) { return p < q; }, scores_of(half, r),
                   positions_of(half, r));
   }
 
@@ -66,12 +69,12 @@ struct PairScratch {
     const auto index = [&](int32_t p) { return i[pairs.first.data[p]] * n2 + j[pairs.second.data[p]]; };
     // In the list's order, whole vectors at a time: what one writes too far, the next overwrites.
     for (int64_t a = 0, p = 0; a < k; ++a) {
-      const int64_t partners = k / (a + 1);
+      const int64_t partners = pairs.partners.data[a];
       for (int64_t b = 0; b < partners; b += lanes<A>) store(sums + p + b, Vec<A>(splat(s1[a]) + load(s2 + b)));
       p += partners;
     }
     for (int64_t p = pairs.count; p % lanes<A>; ++p) sums[p] = minus_infinity<A>;
-    best_of<false>(sums, pairs.count, k, topk, [&](int32_t p, int32_t q) { return index(p) < index(q); }, scores,
+    best_of<A>(sums, pairs.count, k, topk, [&](int32_t p, int32_t q) { return index(p) < index(q); }, scores,
                    winners);
     for (int64_t c = 0; c < k; ++c) indices[c] = index(winners[c]);
   }

@@ -86,35 +86,95 @@ void topk(const RetrievalForward& a) {
 
 constexpr int64_t partial_bytes = 32 << 20;
 
-// The picks of one query with equal sub-keys merged: a sub-key and the sum of its picks' gradients.
+// The picks of one query half with equal sub-keys merged: a sub-key and the sum of its picks' gradients.
 template <class A>
 struct Picks {
-  int32_t* seen;  // [n], where in the list a sub-key stands; -1 between calls
-  int32_t* keys;  // [k]
-  A* grads;       // [k]
+  int32_t* seen;    // [n], where in the list a sub-key stands; -1 between calls
+  int32_t* picked;  // [k], with repetitions
+  int32_t* keys;    // [k + 1]: whether the list grows is known only after its end was written
+  A* grads;         // [k + 1], zeros between calls
   int64_t count = 0;
 
-  void add(int32_t key, A grad) {
-    int32_t& at = seen[key];
-    if (at < 0) {
-      at = static_cast<int32_t>(count);
-      keys[count] = key;
-      grads[count++] = grad;
-    } else {
-      grads[at] += grad;
+  // Without a branch: whether a sub-key was picked before cannot be predicted.
+  void merge(const A* pick_grads, int64_t k) {
+    int32_t *__restrict at = seen, *__restrict list = keys;
+    const int32_t* __restrict key = picked;
+    A* __restrict sums = grads;
+    int32_t length = 0;
+    for (int64_t c = 0; c < k; ++c) {
+      const int32_t before = at[key[c]], place = before < 0 ? length : before;
+      length += before < 0;
+      at[key[c]] = place;
+      list[place] = key[c];
+      sums[place] += pick_grads[c];
     }
+    count = length;
   }
   void clear() {
-    for (int64_t i = 0; i < count; ++i) seen[keys[i]] = -1;
+    for (int64_t i = 0; i < count; ++i) {
+      seen[keys[i]] = -1;
+      grads[i] = 0;
+    }
     count = 0;
   }
 };
+
+// Sub-keys (i, j) of indices i * n2 + j. A product with the reciprocal is right but for one, and takes vectors, which
+// division does not.
+inline void split_indices(const int64_t* indices, int64_t k, int32_t n2, int32_t* first, int32_t* second) {
+  const double reciprocal = 1.0 / n2;
+  for (int64_t c = 0; c < k; ++c) {
+    const int32_t i = static_cast<int32_t>(static_cast<double>(indices[c]) * reciprocal);
+    const int32_t j = static_cast<int32_t>(indices[c] - int64_t{i} * n2);
+    const int32_t wrong = (j >= n2) - (j < 0);
+    first[c] = i + wrong;
+    second[c] = j - wrong * n2;
+  }
+}
 
 template <class A>
 inline void add_scaled(A* y, const A* x, A weight, int64_t d) {
   int64_t at = 0;
   for (; at + lanes<A> <= d; at += lanes<A>) store(y + at, Vec<A>(load(y + at) + splat(weight) * load(x + at)));
   for (; at < d; ++at) y[at] += weight * x[at];
+}
+
+// Columns [at, ...) of one query half's gradients, as many blocks of `vectors` vectors as fit before d: the query's
+// own, which is written, and its share of the sub-keys', which is added to `table`.
+template <int vectors, class A>
+inline int64_t spread_picks(const Picks<A>& picks, const A* query, const A* codes, A* grad_query, A* table,
+                            int64_t at, int64_t d) {
+  constexpr int W = lanes<A>;
+  for (; at + vectors * W <= d; at += vectors * W) {
+    Vec<A> sums[vectors] = {}, own[vectors];
+    for (int v = 0; v < vectors; ++v) own[v] = load(query + at + v * W);
+    for (int64_t c = 0; c < picks.count; ++c) {
+      const Vec<A> grad = splat(picks.grads[c]);
+      const int64_t row = picks.keys[c] * d + at;
+      for (int v = 0; v < vectors; ++v) {
+        sums[v] += grad * load(codes + row + v * W);
+        store(table + row + v * W, Vec<A>(load(table + row + v * W) + grad * own[v]));
+      }
+    }
+    for (int v = 0; v < vectors; ++v) store(grad_query + at + v * W, sums[v]);
+  }
+  return at;
+}
+
+template <class A>
+inline void spread_picks(const Picks<A>& picks, const A* query, const A* codes, A* grad_query, A* table, int64_t d) {
+  int64_t at = spread_picks<4>(picks, query, codes, grad_query, table, 0, d);
+  at = spread_picks<2>(picks, query, codes, grad_query, table, at, d);
+  at = spread_picks<1>(picks, query, codes, grad_query, table, at, d);
+  for (int64_t i = at; i < d; ++i) {
+    A sum = 0;
+    for (int64_t c = 0; c < picks.count; ++c) {
+      const int64_t row = picks.keys[c] * d + i;
+      sum += picks.grads[c] * codes[row];
+      table[row] += picks.grads[c] * query[i];
+    }
+    grad_query[i] = sum;
+  }
 }
 
 template <class A>
@@ -125,7 +185,7 @@ void topk_backward(const RetrievalBackward& a) {
   A* grad_query = static_cast<A*>(a.grad_query);
   A* grad_keys[2] = {static_cast<A*>(a.grad_keys1), static_cast<A*>(a.grad_keys2)};
   const int64_t n[2] = {a.n1, a.n2}, d = a.d, k = a.k, both = a.n1 + a.n2;
-  const uint32_t n2 = static_cast<uint32_t>(a.n2);
+  const int32_t n2 = static_cast<int32_t>(a.n2);
   const int64_t rows = a.codebooks == 1 ? a.T * a.H : a.T;
 
   // Each part of the queries sums into tables of its own, which are then added up in order. How many parts
@@ -135,14 +195,17 @@ void topk_backward(const RetrievalBackward& a) {
   if (parts > room) parts = room;
   if (parts < 1) parts = 1;
   Scratch<A> tables(a.codebooks * parts * both * d);
-  const int64_t scratch_each = both + 2 * k;
+  const int64_t list = k + 1, scratch_each = both + 2 * (k + list);
   Scratch<int32_t> integers(a.threads * scratch_each);
-  Scratch<A> numbers(a.threads * 2 * k);
+  Scratch<A> numbers(a.threads * 2 * list);
   std::atomic<int64_t> next{0};
   parallel(a.threads, [&](int thread, int) {
     int32_t* own = integers.data + thread * scratch_each;
-    A* own_numbers = numbers.data + thread * 2 * k;
-    Picks<A> picks[2] = {{own, own + both, own_numbers}, {own + a.n1, own + both + k, own_numbers + k}};
+    A* own_numbers = numbers.data + thread * 2 * list;
+    int32_t* lists = own + both;
+    Picks<A> picks[2] = {{own, lists, lists + k, own_numbers},
+                         {own + a.n1, lists + k + list, lists + 2 * k + list, own_numbers + list}};
+    std::memset(own_numbers, 0, sizeof(A) * static_cast<size_t>(2 * list));
     std::memset(own, 0xff, sizeof(int32_t) * static_cast<size_t>(both));
     for (;;) {
       const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
@@ -152,21 +215,12 @@ void topk_backward(const RetrievalBackward& a) {
       std::memset(table[0], 0, sizeof(A) * static_cast<size_t>(both * d));
       for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
         const int64_t row = a.codebooks == 1 ? i : i * a.H + codebook;
-        for (int64_t c = 0; c < k; ++c) {
-          // 32 bits hold an index, and divide in half the time of 64.
-          const uint32_t index = static_cast<uint32_t>(a.indices[row * k + c]), first = index / n2;
-          picks[0].add(static_cast<int32_t>(first), grad_scores[row * k + c]);
-          picks[1].add(static_cast<int32_t>(index - first * n2), grad_scores[row * k + c]);
-        }
+        split_indices(a.indices + row * k, k, n2, picks[0].picked, picks[1].picked);
         for (int half = 0; half < 2; ++half) {
-          A* gq = grad_query + (row * 2 + half) * d;
-          const A* q = query + (row * 2 + half) * d;
-          const A* codes = keys[half] + codebook * n[half] * d;
-          std::memset(gq, 0, sizeof(A) * static_cast<size_t>(d));
-          for (int64_t c = 0; c < picks[half].count; ++c) {
-            add_scaled(gq, codes + picks[half].keys[c] * d, picks[half].grads[c], d);
-            add_scaled(table[half] + picks[half].keys[c] * d, q, picks[half].grads[c], d);
-          }
+          const int64_t own_columns = (row * 2 + half) * d;
+          picks[half].merge(grad_scores + row * k, k);
+          spread_picks(picks[half], query + own_columns, keys[half] + codebook * n[half] * d,
+                       grad_query + own_columns, table[half], d);
           picks[half].clear();
         }
       }

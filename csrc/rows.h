@@ -38,7 +38,11 @@ template <class A, class T>
 inline void dot_rows(const A* x, const T* const* rows, int count, int64_t D, A* out) {
   int i = 0;
   for (; i + 4 <= count; i += 4) dot_group<4>(x, rows + i, D, out + i);
-  for (; i < count; ++i) dot_group<1>(x, rows + i, D, out + i);
+  switch (count - i) {
+    case 3: return dot_group<3>(x, rows + i, D, out + i);
+    case 2: return dot_group<2>(x, rows + i, D, out + i);
+    case 1: return dot_group<1>(x, rows + i, D, out + i);
+  }
 }
 
 // How many vectors of a sum stay in registers while its rows pass by.

@@ -279,6 +279,33 @@ inline uint32_t lanes_at_least(Vec<double> a, Vec<double> b) {
 #endif
 }
 
+template <class A>
+struct IntegerAs;
+template <>
+struct IntegerAs<float> {
+  typedef int32_t type;
+};
+template <>
+struct IntegerAs<double> {
+  typedef int64_t type;
+};
+template <class A>
+using LaneCounts = Vec<typename IntegerAs<A>::type>;
+
+// Adds one to the lanes in which a > b.
+template <class A>
+inline LaneCounts<A> count_if_larger(LaneCounts<A> counts, Vec<A> a, Vec<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    const __mmask16 larger =
+        _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GT_OQ);
+    const __m512i old = reinterpret_cast<__m512i>(counts);
+    return reinterpret_cast<LaneCounts<A>>(_mm512_mask_add_epi32(old, larger, old, _mm512_set1_epi32(1)));
+  }
+#endif
+  return counts - (a > b);  // a comparison is 0 or -1 in each lane
+}
+
 // Appends the chosen lanes of `v`, and their positions counted from `first`, to two arrays; returns how many. Up to
 // a whole vector may be written behind them.
 template <class A>

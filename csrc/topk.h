@@ -95,48 +95,47 @@ inline void best_by_insertion(const A* values, int64_t count, int64_t k, const B
   }
 }
 
-template <class A>
-struct IntegerAs;
-template <>
-struct IntegerAs<float> {
-  typedef int32_t type;
-};
-template <>
-struct IntegerAs<double> {
-  typedef int64_t type;
-};
-
-// Sorts the candidates, descending: the place of one is the number of those that come before it, equal ones in
-// the order they have now. `all`: they are the whole row, and a candidate's position is its place in the list.
-template <class A>
-inline void rank(TopKScratch<A>& s, int64_t count, bool all) {
+// How many of the candidates are larger than each of those in `vectors` vectors from `at` on. The vectors are taken
+// together because each number is laid out for comparison once for all of them.
+template <int vectors, class A>
+inline void count_larger(TopKScratch<A>& s, int64_t count, int64_t at) {
   constexpr int W = lanes<A>;
-  typedef Vec<typename IntegerAs<A>::type> Counts;
-  Counts positions_in_vector;
-  for (int i = 0; i < W; ++i) positions_in_vector[i] = i;
-  for (int64_t at = 0; at < count; at += W) {
-    const Vec<A> own = load(s.values + at);
-    Counts before{};  // comparisons are 0 or -1 in each lane
-    for (int64_t j = 0; j < at; ++j) before += splat(s.values[j]) >= own;
-    const int64_t here = at + W < count ? at + W : count;
-    for (int64_t j = at; j < here; ++j) {
-      const Vec<A> other = splat(s.values[j]);
-      const Counts later = positions_in_vector > static_cast<typename IntegerAs<A>::type>(j - at);
-      before += (other > own) | ((other == own) & later);
-    }
-    for (int64_t j = here; j < count; ++j) before += splat(s.values[j]) > own;
-    for (int i = 0; i < W; ++i) s.ranks[at + i] = static_cast<int32_t>(-before[i]);
+  Vec<A> own[vectors];
+  LaneCounts<A> larger[vectors] = {};
+  for (int v = 0; v < vectors; ++v) own[v] = load(s.values + at + v * W);
+  for (int64_t j = 0; j < count; ++j) {
+    const Vec<A> other = splat(s.values[j]);
+    for (int v = 0; v < vectors; ++v) larger[v] = count_if_larger<A>(larger[v], other, own[v]);
   }
+  for (int v = 0; v < vectors; ++v)
+    for (int i = 0; i < W; ++i) s.ranks[at + v * W + i] = static_cast<int32_t>(larger[v][i]);
+}
+
+// Sorts the candidates, descending: the place of one is the number of those larger. False where two are equal, and
+// nothing is sorted. `all`: they are the whole row, and a candidate's position is its place in the list.
+template <class A>
+inline bool rank(TopKScratch<A>& s, int64_t count, bool all) {
+  constexpr int W = lanes<A>;
+  int64_t at = 0;
+  for (; at + 4 * W <= count; at += 4 * W) count_larger<4>(s, count, at);
+  switch ((count - at + W - 1) / W) {
+    case 4: count_larger<4>(s, count, at); break;
+    case 3: count_larger<3>(s, count, at); break;
+    case 2: count_larger<2>(s, count, at); break;
+    case 1: count_larger<1>(s, count, at); break;
+  }
+  int64_t sum = 0;
   for (int64_t i = 0; i < count; ++i) {
+    sum += s.ranks[i];
     s.sorted[s.ranks[i]] = s.values[i];
     s.sorted_positions[s.ranks[i]] = all ? static_cast<int32_t>(i) : s.positions[i];
   }
+  return sum == count * (count - 1) / 2;  // equal numbers share a place, and others are empty
 }
 
 // The k largest of `row`, descending, and their positions. The row has `count` numbers, padded to whole vectors
-// with minus infinity. Equal numbers: lowest position first, or as `before` says where positions do not order
-// them (`ties_by_position` false).
-template <bool ties_by_position, class A, class Before>
+// with minus infinity. `before(p, q)` orders equal numbers.
+template <class A, class Before>
 inline void best_of(const A* row, int64_t count, int64_t k, TopKScratch<A>& scratch, const Before& before, A* best,
                     int32_t* positions) {
   constexpr int W = lanes<A>;
@@ -185,11 +184,7 @@ inline void best_of(const A* row, int64_t count, int64_t k, TopKScratch<A>& scra
     usual = found <= 2 * limit;
   }
   if (usual) {
-    rank(scratch, found, count <= limit);
-    bool tied = false;
-    if (!ties_by_position)
-      for (int64_t i = 1; i < found && i <= k; ++i) tied |= scratch.sorted[i] == scratch.sorted[i - 1];
-    if (!tied) {
+    if (rank(scratch, found, count <= limit)) {
       std::memcpy(best, scratch.sorted, sizeof(A) * static_cast<size_t>(k));
       std::memcpy(positions, scratch.sorted_positions, sizeof(int32_t) * static_cast<size_t>(k));
       return;
