@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from million_experts import cli
-from million_experts.benchmarks import memory, peers, runner, session
+from million_experts.benchmarks import memory, peers, runner, session, timing
 from million_experts.benchmarks.cases import OURS, REFERENCE
 from million_experts.benchmarks.correctness import compare
 from million_experts.benchmarks.report import markdown, merge, read_rows, write_results
@@ -129,6 +129,16 @@ def test_turns_are_taken_and_each_round_starts_with_another():
     assert [count for count, _ in calls] == sorted(count for count, _ in calls)
     slow = dict(interleave({"s": make("s", 100.0)}, repetitions=20, limit=1.0))
     assert len(slow["s"]) == 3, "three at least"
+
+
+def test_a_cold_case_empties_the_caches_before_each_iteration_and_no_other_does(tiny_case, monkeypatch):
+    litter = torch.zeros(1, dtype=torch.int64)
+    monkeypatch.setattr(timing, "_litter", lambda: litter)
+    case = tiny_case(phases=("forward",))
+    run(case)
+    assert litter == 0
+    rows = run(dataclasses.replace(case, cold=True))
+    assert litter >= sum(row["repetitions"] for row in rows) > 0
 
 
 def test_median_and_quartiles():

@@ -24,6 +24,8 @@ class Case:
         group: name of a set of cases that are asked for together; of targets, the case's own.
         memory: measure peaks too; where only parts of layers meet, they would mean little.
         repetitions: how many times as often as other cases; for those that take no time.
+        cold: each iteration begins with empty caches. A few tokens touch little memory, and in a model the
+            other layers have used the caches meanwhile; here it would depend on who was measured before.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Case:
     group: str = ""
     memory: bool = True
     repetitions: int = 1
+    cold: bool = False
 
     def quick(self) -> "Case":
         """What the targets need, and nothing else."""
@@ -181,7 +184,7 @@ TARGET_CASES = (
     ),
     Case(
         "P5",
-        "one token, N=1024^2, H=8, k=16",
+        "one token, N=1024^2, H=8, k=16, caches empty",
         layers(1, 256, MILLION, 16, 128, dense_width=1024, moe_width=256),
         ("forward",),
         (
@@ -199,6 +202,7 @@ TARGET_CASES = (
         "P5",
         False,
         repetitions=20,
+        cold=True,
     ),
     Case(
         "P6",
@@ -246,6 +250,7 @@ TARGET_CASES = (
     ),
 )
 
+COLD_TOKENS = 16
 CENTRE = {"dim": 256, "num_experts": 512**2, "tokens": 2048, "experts_per_head": 16}
 
 
@@ -254,7 +259,8 @@ def _sweep(group: str, label: str, **change: int) -> Case:
     dim, tokens, side = shape["dim"], shape["tokens"], round(shape["num_experts"] ** 0.5)
     return Case(
         f"{group}={label}",
-        f"dim {dim}, N={side}^2, H=8, k={shape['experts_per_head']}, T={tokens}",
+        f"dim {dim}, N={side}^2, H=8, k={shape['experts_per_head']}, T={tokens}"
+        + (", caches empty" if tokens <= COLD_TOKENS else ""),
         tuple(
             competitor
             for competitor in layers(
@@ -271,6 +277,7 @@ def _sweep(group: str, label: str, **change: int) -> Case:
         # BatchNorm has no statistics of one token, so that none trains on it.
         ("forward",) if tokens == 1 else ("forward", "step"),
         group=group,
+        cold=tokens <= COLD_TOKENS,
     )
 
 

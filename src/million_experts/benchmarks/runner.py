@@ -92,7 +92,7 @@ class CaseRunner:
                 continue
             self.tell(f"{phase}: warming up {name}")
             try:
-                run = make_run(self.workloads[name], phase)
+                run = make_run(self.workloads[name], phase, self.case.cold)
                 warm_up(run)
                 runs[name] = run
             except Exception as error:

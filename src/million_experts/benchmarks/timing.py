@@ -1,5 +1,6 @@
 """Time of competitors that take turns."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 from million_experts.benchmarks.workload import Workload, draw_inputs, prepare, run_once
 
 LEAST_REPETITIONS = 3
+# More than the caches of the processors that this was run on hold.
+LITTER_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,24 @@ def interleave(
                 yield name, times[name]
 
 
-def make_run(workload: Workload, phase: str) -> Callable[[int], float]:
-    """A function of the round that draws new inputs, runs the phase once and returns its seconds."""
+@functools.cache
+def _litter() -> torch.Tensor:
+    return torch.zeros(LITTER_BYTES, dtype=torch.uint8)
+
+
+def make_run(workload: Workload, phase: str, cold: bool = False) -> Callable[[int], float]:
+    """A function of the round that draws new inputs, runs the phase once and returns its seconds.
+
+    `cold` writes to more memory than the caches hold before each iteration, untimed.
+    """
     optimizer = prepare(workload, phase)
     training = phase != "forward"
 
     def run(count: int) -> float:
         inputs = draw_inputs(workload, count + 1, training)
         upstream = torch.randn_like(inputs[0], requires_grad=False) if training else None
+        if cold:
+            _litter().add_(1)
         start = time.perf_counter()
         run_once(workload, phase, inputs, upstream, optimizer)
         return time.perf_counter() - start
