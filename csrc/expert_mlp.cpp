@@ -54,9 +54,9 @@ void walk_in_order(const ExpertMlp& a, int64_t first, int64_t last, const Visit&
   }
 }
 
-// A block is a power of two of experts, so that a shift tells the block of an expert: two divisions a pair took as
-// long as a quarter of the arithmetic.
-int block_shift(const ExpertMlp& a) { return 63 - __builtin_clzll(static_cast<uint64_t>(a.block_experts)); }
+// A block is a power of two of experts, so that a shift tells the block of an expert: two divisions a pair took a
+// tenth of the time.
+int block_shift(const ExpertMlp& a) { return __builtin_ctzll(static_cast<uint64_t>(a.block_experts)); }
 int64_t block_count(const ExpertMlp& a) { return ((a.N - 1) >> block_shift(a)) + 1; }
 
 template <class Visit>
@@ -97,13 +97,13 @@ void walk(const ExpertMlp& a, const Start& start, const Visit& visit) {
   Scratch<uint32_t> scratch(by_blocks ? a.threads * (tile * a.K + blocks + 1) : 0);
   std::atomic<int64_t> next{0};
   parallel(a.threads, [&](int thread, int) {
-    uint32_t* order = scratch.data + thread * (tile * a.K + blocks + 1);
+    uint32_t* order = by_blocks ? scratch.data + thread * (tile * a.K + blocks + 1) : nullptr;
     for (;;) {
       const int64_t first = next.fetch_add(1, std::memory_order_relaxed) * tile;
       if (first >= a.T) return;
       const int64_t last = first + tile < a.T ? first + tile : a.T;
       start(first, last);
-      if (by_blocks) walk_by_blocks(a, first, last, order, order + tile * a.K, visit);
+      if (order) walk_by_blocks(a, first, last, order, order + tile * a.K, visit);
       else walk_in_order(a, first, last, visit);
     }
   });
@@ -310,7 +310,7 @@ inline int64_t write_blocks(T* out, const A* source, const Pair* pairs, int64_t 
     for (int v = 0; accumulate && v < vectors; ++v) sums[v] = Storage<A, T>::load(out + at + v * W);
     for (int64_t i = 0; i < count; ++i) {
       const Vec<A> weight = splat(pairs[i].weights[r]);
-      const A* row = source + pairs[i].token * D + at;
+      const A* row = source + int64_t{pairs[i].token} * D + at;
       for (int v = 0; v < vectors; ++v) sums[v] += weight * load(row + v * W);
     }
     for (int v = 0; v < vectors; ++v) {
@@ -341,7 +341,7 @@ void grad_by_rows(const ExpertMlpTableGrad& a, const SortedPair<A, R>* pairs) {
             const int rest = static_cast<int>(D - at);
             Vec<A> sum = a.accumulate ? load_part<A>(out + at, rest) : Vec<A>{};
             for (int64_t i = 0; i < count; ++i)
-              sum += splat(run[i].weights[r]) * load_part<A>(source + run[i].token * D + at, rest);
+              sum += splat(run[i].weights[r]) * load_part<A>(source + int64_t{run[i].token} * D + at, rest);
             store_part<A>(out + at, sum, rest);
           }
         },
@@ -386,7 +386,7 @@ void grad_by_columns(const ExpertMlpTableGrad& a, const SortedPair<A, R>* pairs)
                                               : load_part<A>(old, static_cast<int>(count - v * W));
             }
           for (int64_t i = 0; i < length; ++i) {
-            const A* token = packed.data + run[i].token * 2 * columns;
+            const A* token = packed.data + int64_t{run[i].token} * 2 * columns;
             for (int r = 0; r < R; ++r) {
               const Vec<A> weight = splat(run[i].weights[r]);
               for (int v = 0; v < V; ++v) sums[r][v] += weight * load(token + (r == 1 ? columns : 0) + v * W);

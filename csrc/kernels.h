@@ -23,7 +23,7 @@ struct ExpertMlp {
   const void* gates;       // [T, K]
   const void* experts;     // [N, R, D]
   int64_t pre_stride;      // numbers from x . down of a pair to its x . gate
-  int64_t block_experts;   // experts that a token meets before its tile's next token; N: token by token
+  int64_t block_experts;   // a power of two, experts that a token meets before its tile's next token; N: token by token
   int threads;
 };
 

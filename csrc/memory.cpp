@@ -76,8 +76,10 @@ struct Pages {
 
 void* take_buffer(size_t bytes) {
   bytes = whole_pages(bytes);
+  size_t most_before;
   {
     const std::lock_guard<std::mutex> lock(mutex);
+    most_before = most_in_use;
     const auto found = kept.find(bytes);
     in_use += bytes;
     if (found != kept.end()) {
@@ -95,6 +97,7 @@ void* take_buffer(size_t bytes) {
   } catch (...) {
     const std::lock_guard<std::mutex> lock(mutex);
     in_use -= bytes;
+    most_in_use = most_before;
     throw;
   }
 }
@@ -105,9 +108,13 @@ void return_buffer(void* data, size_t bytes) {
   if (bytes >= reclaimable) madvise(data, bytes, MADV_FREE);
 #endif
   const std::lock_guard<std::mutex> lock(mutex);
-  kept.emplace(bytes, data);
   in_use -= bytes;
-  total_kept += bytes;
+  try {
+    kept.emplace(bytes, data);
+    total_kept += bytes;
+  } catch (const std::bad_alloc&) {  // destructors call this, which must not throw
+    unmap(data, bytes);
+  }
 }
 
 size_t release_buffers() {

@@ -77,6 +77,21 @@ struct PairScratch {
     best_of<A>(sums, pairs.count, k, topk, [&](int32_t p, int32_t q) { return index(p) < index(q); }, scores,
                    winners);
     for (int64_t c = 0; c < k; ++c) indices[c] = index(winners[c]);
+    // A pair that was not looked at has k pairs at least as good, but its sum may round to the same number as the
+    // worst of these while its index is lower.
+    bool tied = false;
+    for (int64_t a = 1; a < k; ++a) tied |= s1[a] + s2[pairs.partners.data[a]] >= scores[k - 1];
+    if (tied) best_of_all_pairs(k, n2, r, scores, indices);
+  }
+
+ private:
+  void best_of_all_pairs(int64_t k, int64_t n2, int r, A* scores, int64_t* indices) {
+    const A *s1 = scores_of(0, r), *s2 = scores_of(1, r);
+    const int32_t *i = positions_of(0, r), *j = positions_of(1, r);
+    const auto index = [&](int64_t p) { return i[p / k] * n2 + j[p % k]; };
+    best_by_insertion([&](int64_t p) { return s1[p / k] + s2[p % k]; }, k * k, k,
+                      [&](int32_t p, int32_t q) { return index(p) < index(q); }, scores, winners);
+    for (int64_t c = 0; c < k; ++c) indices[c] = index(winners[c]);
   }
 };
 

@@ -91,8 +91,8 @@ template <class A>
 struct Picks {
   int32_t* seen;    // [n], where in the list a sub-key stands; -1 between calls
   int32_t* picked;  // [k], with repetitions
-  int32_t* keys;    // [k + 1]: whether the list grows is known only after its end was written
-  A* grads;         // [k + 1], zeros between calls
+  int32_t* keys;    // [k]
+  A* grads;         // [k], zeros between calls
   int64_t count = 0;
 
   // Without a branch: whether a sub-key was picked before cannot be predicted.
@@ -195,17 +195,17 @@ void topk_backward(const RetrievalBackward& a) {
   if (parts > room) parts = room;
   if (parts < 1) parts = 1;
   Scratch<A> tables(a.codebooks * parts * both * d);
-  const int64_t list = k + 1, scratch_each = both + 2 * (k + list);
+  const int64_t scratch_each = both + 4 * k;
   Scratch<int32_t> integers(a.threads * scratch_each);
-  Scratch<A> numbers(a.threads * 2 * list);
+  Scratch<A> numbers(a.threads * 2 * k);
   std::atomic<int64_t> next{0};
   parallel(a.threads, [&](int thread, int) {
     int32_t* own = integers.data + thread * scratch_each;
-    A* own_numbers = numbers.data + thread * 2 * list;
+    A* own_numbers = numbers.data + thread * 2 * k;
     int32_t* lists = own + both;
     Picks<A> picks[2] = {{own, lists, lists + k, own_numbers},
-                         {own + a.n1, lists + k + list, lists + 2 * k + list, own_numbers + list}};
-    std::memset(own_numbers, 0, sizeof(A) * static_cast<size_t>(2 * list));
+                         {own + a.n1, lists + 2 * k, lists + 3 * k, own_numbers + k}};
+    std::memset(own_numbers, 0, sizeof(A) * static_cast<size_t>(2 * k));
     std::memset(own, 0xff, sizeof(int32_t) * static_cast<size_t>(both));
     for (;;) {
       const int64_t item = next.fetch_add(1, std::memory_order_relaxed);

@@ -17,7 +17,7 @@ struct Scratch {
   size_t bytes = 0;
   explicit Scratch(int64_t count) {
     if (count <= 0) return;
-    bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;  // as aligned_alloc asks for
     data = static_cast<T*>(bytes >= kept ? take_buffer(bytes) : std::aligned_alloc(64, bytes));
     if (!data) throw std::bad_alloc();
   }
@@ -30,8 +30,12 @@ struct Scratch {
 
  private:
   // The allocator gives blocks of this size back to the system, and each call would touch new pages: 8 MiB cost
-  // more than the backward pass of retrieval that they served.
+  // more than the backward pass of retrieval that they served. Sanitizers watch the allocator's blocks alone.
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kept = SIZE_MAX;
+#else
   static constexpr size_t kept = size_t{1} << 20;
+#endif
 };
 
 }  // namespace

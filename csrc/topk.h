@@ -73,13 +73,14 @@ inline bool exceeds(A a, A b) {
   return a > b || (a != a && b == b);
 }
 
-// For rows with NaN, infinities or many equal numbers: insertion into a sorted list. `before(p, q)` orders equals.
-template <class A, class Before>
-inline void best_by_insertion(const A* values, int64_t count, int64_t k, const Before& before, A* best,
+// The slow and plain way, for rows with NaN or infinities and where equal numbers compete: insertion into a sorted
+// list of value_of(p), p in [0, count). `before(p, q)` orders equals.
+template <class A, class Value, class Before>
+inline void best_by_insertion(const Value& value_of, int64_t count, int64_t k, const Before& before, A* best,
                               int32_t* positions) {
   int64_t kept = 0;
   for (int64_t p = 0; p < count; ++p) {
-    const A value = values[p];
+    const A value = value_of(p);
     const auto goes_before = [&](int64_t at) {
       if (exceeds(value, best[at])) return true;
       return !exceeds(best[at], value) && before(static_cast<int32_t>(p), positions[at]);
@@ -190,7 +191,7 @@ inline void best_of(const A* row, int64_t count, int64_t k, TopKScratch<A>& scra
       return;
     }
   }
-  best_by_insertion(row, count, k, before, best, positions);
+  best_by_insertion([row](int64_t p) { return row[p]; }, count, k, before, best, positions);
 }
 
 }  // namespace

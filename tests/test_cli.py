@@ -631,6 +631,9 @@ def test_evaluate_measures_other_text(run, folder):
     assert figures["bytes"] == sum(len(json.loads(line)["text"]) for line in other.read_text().splitlines())
     both = json.loads(invoke("evaluate", run, "--data", other, "--data", other, "--json").stdout)
     assert both["tokens"] == 2 * figures["tokens"]
+    fewer = invoke("evaluate", run, "--data", other, "--json", "--max-documents", 1)
+    assert 0 < json.loads(fewer.stdout)["tokens"] < figures["tokens"]
+    assert f"Scoring {len(stream):,} tokens: {other}" in result.stderr
 
 
 def test_text_is_cached_where_the_run_keeps_it(run, folder, monkeypatch):
@@ -713,6 +716,8 @@ def test_broken_models_are_refused(run, tmp_path):
     assert f"model {mute} has no tokenizer that can be read" in message_of(invoke("generate", mute), 1)
     checkpoint = run / f"checkpoint-{STEPS}"
     assert f"data must be given: {checkpoint} is no run" in message_of(invoke("evaluate", checkpoint), 1)
+    alone = invoke("evaluate", run, "--max-documents", 3)
+    assert "max_documents goes with data" in message_of(alone, 1)
     LlamaConfig().save_pretrained(tmp_path / "llama")
     assert "must be a PEER model for its size, got 'llama'" in message_of(
         invoke("info", tmp_path / "llama"), 1

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from million_experts.lm.packing import TokenStream
+    from million_experts.lm.scoring import Score
 
 app = typer.Typer(
     help="Language models with a million tiny experts: train, measure and use them.",
@@ -56,6 +57,9 @@ Data = Annotated[
     ),
 ]
 TextColumn = Annotated[str, typer.Option(help="Column of the text in JSONL, Parquet and hub data.")]
+MaxDocuments = Annotated[
+    int | None, typer.Option(min=1, help="With --data: the first so many documents of each corpus alone.")
+]
 BatchTokens = Annotated[int, typer.Option(help="Most tokens of a batch; fewer take less memory.")]
 Context = Annotated[
     int | None, typer.Option(help="Most tokens the model sees at once; by default what it was made for.")
@@ -179,20 +183,16 @@ def evaluate(
     model: Model,
     data: Data = None,
     text_column: TextColumn = "text",
+    max_documents: MaxDocuments = None,
     context: Context = None,
     batch_tokens: BatchTokens = 8192,
     json_output: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")] = False,
 ) -> None:
     """Measure perplexity and bits per byte of a model on any text."""
     with _user_errors():
-        from million_experts.lm.scoring import score_documents
-
         language_model, tokenizer = _load(model)
-        stream, source = _stream(model, tokenizer, data, text_column)
-        with errors.status("scoring"):
-            score = score_documents(
-                language_model, stream, context=_context(language_model, context), batch_tokens=batch_tokens
-            )
+        stream, source = _stream(model, tokenizer, data, text_column, max_documents)
+        score = _score(language_model, stream, source, context, batch_tokens)
         figures = {
             "data": source,
             "tokens": score.tokens,
@@ -239,6 +239,7 @@ def inspect(
     model: Model,
     data: Data = None,
     text_column: TextColumn = "text",
+    max_documents: MaxDocuments = None,
     context: Context = None,
     batch_tokens: BatchTokens = 8192,
     figure: Annotated[
@@ -253,18 +254,15 @@ def inspect(
         from million_experts.layers import ExpertUsage
         from million_experts.lm.callbacks import retrieval_layers
         from million_experts.lm.figures import usage_figure
-        from million_experts.lm.scoring import score_documents
 
         language_model, tokenizer = _load(model)
         layers = retrieval_layers(language_model)
         if not layers:
             raise ValueError(f"model {model} has no PEER layer to inspect")
-        stream, source = _stream(model, tokenizer, data, text_column)
-        with ExitStack() as stack, errors.status("reading text"):
+        stream, source = _stream(model, tokenizer, data, text_column, max_documents)
+        with ExitStack() as stack:
             usages = {name: stack.enter_context(ExpertUsage(layer)) for name, layer in layers.items()}
-            score_documents(
-                language_model, stream, context=_context(language_model, context), batch_tokens=batch_tokens
-            )
+            _score(language_model, stream, source, context, batch_tokens)
         table = Table(title=f"{escape(source)}: {len(stream):,} tokens", title_justify="left")
         for column in ("layer", "head", "experts", "usage", "unevenness (nats)", "top share"):
             table.add_column(column, justify="left" if column in ("layer", "head") else "right")
@@ -397,7 +395,11 @@ def _require_folder(model: str, or_preset: str = "") -> None:
 
 
 def _stream(
-    model: str, tokenizer: "PreTrainedTokenizerBase", data: list[str] | None, text_column: str
+    model: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    data: list[str] | None,
+    text_column: str,
+    max_documents: int | None,
 ) -> "tuple[TokenStream, str]":
     """Tokens of the corpora, or of the test split of the run in `model`, and what to call them."""
     from million_experts.lm.data import load_stream, load_test_stream
@@ -406,10 +408,37 @@ def _stream(
     settings = TrainSettings.load(stored) if stored.exists() else None
     if data:
         cache_dir = DEFAULT_CACHE if settings is None else settings.cache_dir
-        return load_stream(data, text_column, tokenizer, cache_dir), ", ".join(data)
+        stream = load_stream(data, text_column, tokenizer, cache_dir, max_documents)
+        return stream, ", ".join(data)
+    if max_documents is not None:
+        raise ValueError("max_documents goes with data, got none: the test split is scored whole")
     if settings is None:
         raise ValueError(f"data must be given: {model} is no run with a test split of its own")
     return load_test_stream(settings, tokenizer, Path(model)), "test split of the run"
+
+
+def _score(
+    model: "PreTrainedModel", stream: "TokenStream", source: str, context: int | None, batch_tokens: int
+) -> "Score":
+    """Scores documents and shows how long that takes: large corpora take a small machine hours."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from million_experts.lm.scoring import score_documents
+
+    columns = BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(), TimeRemainingColumn()
+    terminal = errors.is_terminal  # elsewhere a bar would leave empty lines
+    with Progress(*columns, console=errors, transient=True, disable=not terminal) as bar:
+        task = bar.add_task("", total=len(stream), start=False)
+
+        def progress(done: int, total: int) -> None:
+            if not bar.tasks[task].started:  # the arguments were right
+                errors.print(f"Scoring {total:,} tokens: {escape(source)}", highlight=False, soft_wrap=True)
+                bar.start_task(task)
+            bar.update(task, completed=done)
+
+        return score_documents(
+            model, stream, context=_context(model, context), batch_tokens=batch_tokens, progress=progress
+        )
 
 
 def _context(model: "PreTrainedModel", context: int | None) -> int:

@@ -79,7 +79,7 @@ def test_peer_pytorch_takes_all_k_experts_with_softmax_and_the_same_keys():
 
 def test_peer_pytorch_that_is_missing_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "PEER_pytorch", None)
-    with pytest.raises(Unavailable, match="pip install PEER-pytorch"):
+    with pytest.raises(Unavailable, match=r"pip install .million-experts\[bench\]"):
         peers.peer_pytorch({}, tokens=5, **SHAPE)
 
 

@@ -162,10 +162,11 @@ def step(layer: PEER, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("glu", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_same_bits_for_any_number_of_threads(num_experts, masked, glu, training):
+@pytest.mark.parametrize("tokens", [300, 2048])
+def test_the_same_bits_for_any_number_of_threads(num_experts, masked, glu, training, tokens):
     torch.manual_seed(0)
     layer = PEER(256, num_experts, 8, 16, 64, glu=glu, init_std=1.0, backend="cpu").train(training)
-    x, mask = torch.randn(300, 256), torch.rand(300) > 0.2 if masked else None
+    x, mask = torch.randn(tokens, 256), torch.rand(tokens) > 0.2 if masked else None
     start, before = copy.deepcopy(layer.state_dict()), torch.get_num_threads()
     expected = step(layer, x, mask)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -211,10 +212,37 @@ def test_a_process_with_gradients_alive_ends_well(ending, cpu):
 def test_huge_pages_are_asked_for_large_tables_alone(cpu):
     assert not advise_huge_pages(torch.empty(1000))
     assert not advise_huge_pages(torch.empty(2**40, device="meta"))
-    table = torch.empty(cpu.HUGE_BYTES // 4)
-    assert isinstance(advise_huge_pages(table), bool)
+    table = torch.empty(cpu.HUGE_BYTES)  # four times the size: surely no memory that was in use before
+    offered = cpu.huge_pages().startswith("offered")
+    assert advise_huge_pages(table) == offered
     table.fill_(1)
     assert table.sum() == len(table)
+    if offered:
+        assert huge_bytes(table) >= table.nbytes / 2
+
+
+def test_a_table_that_comes_from_elsewhere_is_moved_to_huge_pages_at_first_use(cpu):
+    if not cpu.huge_pages().startswith("offered"):
+        pytest.skip(f"huge pages: {cpu.huge_pages()}")
+    table = torch.full((cpu.HUGE_BYTES // 512, 2, 64), 0.5)
+    indices = torch.zeros(1, 1, dtype=torch.int64)
+    for _ in range(2):
+        expert_mlp(torch.ones(1, 64), indices, torch.ones(1, 1), table, backend="cpu")
+    assert huge_bytes(table) >= table.nbytes / 2
+    assert (table == 0.5).all()
+
+
+def huge_bytes(tensor: torch.Tensor) -> int:
+    """How many bytes of the mapping that holds a tensor lie on huge pages."""
+    inside = False
+    with open("/proc/self/smaps") as smaps:
+        for line in smaps:
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                first, last = (int(end, 16) for end in line.split()[0].split("-"))
+                inside = first <= tensor.data_ptr() + tensor.nbytes // 2 < last
+            elif inside and line.startswith("AnonHugePages:"):
+                return int(line.split()[1]) * 1024
+    raise AssertionError("no mapping holds the tensor")
 
 
 @pytest.mark.parametrize("columns", [2, 64, 66, 256])

@@ -396,6 +396,17 @@ def test_experts_outside_the_pool_are_refused_before_anything_is_computed(bad, m
         )
 
 
+def test_experts_of_masked_tokens_may_be_anything(backend):
+    x, indices, gates, experts = make_inputs(14)
+    mask = torch.tensor([True, False, True, True, False])
+    expected = expert_mlp(x, indices, gates, experts, mask=mask, backend=backend)
+    indices[~mask] = 10**9
+    x, gates, experts = (t.requires_grad_() for t in (x, gates, experts))
+    y = expert_mlp(x, indices, gates, experts, mask=mask, backend=backend)
+    y.sum().backward()
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -413,14 +424,39 @@ def test_experts_outside_the_pool_are_refused_before_anything_is_computed(bad, m
         ({"indices": torch.zeros(30, dtype=torch.int64)}, r"indices must have shape \[5, K\].*, got \[30\]"),
         ({"indices": torch.zeros(4, 6, dtype=torch.int64)}, r"indices must have shape .*, got \[4, 6\]"),
         ({"indices": torch.zeros(5, 6, dtype=torch.int32)}, r"indices must be int64, got torch\.int32"),
+        ({"experts": torch.zeros(7, 2, 9, dtype=torch.float8_e5m2)}, r"experts must have a .*float8_e5m2"),
         ({"gates": torch.zeros(5, 5)}, r"gates must have the shape of indices, \[5, 6\], got \[5, 5\]"),
         ({"gates": torch.zeros(5, 6, dtype=torch.bool)}, r"gates must have a floating.*torch\.bool"),
         ({"mask": torch.ones(4, dtype=torch.bool)}, r"mask must be bool of shape \[5\].*torch\.bool \[4\]"),
         ({"mask": torch.ones(5)}, r"mask must be bool of shape \[5\].*torch\.float32 \[5\]"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(change, message):
+def test_arguments_that_do_not_fit_are_named(change, message, backend):
     x, indices, gates, experts = make_inputs(14)
-    good = {"x": x, "indices": indices, "gates": gates, "experts": experts}
+    arguments = {"x": x, "indices": indices, "gates": gates, "experts": experts} | change
     with pytest.raises(ValueError, match=message):
-        expert_mlp(**(good | change))
+        expert_mlp(**arguments)
+    if "backend" not in change:  # the operation itself takes a backend that runs
+        registered = {"mask": None, "activation": "gelu", "backend": backend} | arguments
+        with pytest.raises(ValueError, match=message):
+            torch.ops.million_experts.expert_mlp(**registered)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad_y": torch.zeros(5, 8)}, r"grad_y must have shape \[5, 9\], got \[5, 8\]"),
+        ({"pre": torch.zeros(1, 5, 5)}, r"pre must have shape \[1, 5, 6\], got \[1, 5, 5\]"),
+        ({"indices": torch.zeros(5, 6, dtype=torch.int32)}, r"indices must be int64, got torch\.int32"),
+    ],
+)
+def test_arguments_of_backward_that_do_not_fit_are_named(change, message, backend):
+    x, indices, gates, experts = make_inputs(14)
+    good = {
+        "grad_y": x, "x": x, "indices": indices, "gates": gates, "experts": experts,
+        "pre": gates.new_zeros(1, *gates.shape), "mask": None, "activation": "gelu", "needs": [True] * 3,
+        "backend": backend,
+    }  # fmt: skip
+    torch.ops.million_experts.expert_mlp_backward(**good)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.million_experts.expert_mlp_backward(**(good | change))

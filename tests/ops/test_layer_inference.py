@@ -164,6 +164,34 @@ def test_the_same_bits_for_any_number_of_threads(threads, kernels):
             torch.set_num_threads(before)
 
 
+def test_arguments_that_do_not_fit_are_refused(cpu):
+    layer = make_layer(5)
+    good = arguments(layer, torch.randn(2, layer.dim))
+    names = "x query_weight query_norm norm eps keys1 keys2 experts num_heads k score activation".split()
+    changes = {
+        "x": torch.randn(2, layer.dim + 1),
+        "query_weight": layer.query_proj.weight[1:],
+        "norm": good[names.index("norm")][:1],
+        "keys1": layer.keys1[1:],
+        "keys2": layer.keys2.double(),
+        "experts": layer.experts[1:],
+        "num_heads": layer.num_heads + 1,
+        "k": 10**6,
+        "score": "cosine",
+    }
+    for name, value in changes.items():
+        with pytest.raises(ValueError, match="must"):
+            OPERATION(*[value if n == name else a for n, a in zip(names, good, strict=False)], *good[12:])
+
+
+@torch.no_grad()
+def test_vmap_sees_an_operation(cpu):
+    layer = make_layer(6).eval()
+    x = torch.randn(3, 2, layer.dim)
+    with pytest.raises(RuntimeError, match=r"(?i)batching rule|vmap"):  # not a tensor without memory
+        torch.func.vmap(layer)(x)
+
+
 @pytest.mark.parametrize("query_norm", QUERY_NORMS)
 @pytest.mark.parametrize("table", TABLES)
 def test_registration_is_sound(query_norm, table, cpu):

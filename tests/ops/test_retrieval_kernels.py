@@ -50,6 +50,21 @@ def check_whole(inputs: Inputs, k: int, assert_close, spread=lambda t: t) -> Non
         assert_close(gradient, right)
 
 
+# Sums of large numbers and tiny ones: different pairs round to the same score, among them pairs that are not
+# looked at because they cannot be better than k others.
+@pytest.mark.parametrize(("n1", "n2", "k"), [(2, 2, 2), (9, 7, 3), (40, 33, 16), (130, 20, 7)])
+@pytest.mark.parametrize("step", [2.0**-23, 2.0**-24, 2.0**-25])
+def test_sums_that_round_to_the_same_score(n1, n2, k, step, kernels):
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        keys1, keys2 = (1 + step * torch.randint(0, 9, (n, 1), generator=generator) for n in (n1, n2))
+        query = torch.ones(4, 1, 2, 1)
+        scores, indices = product_key_topk(query, keys1, keys2, k, "cpu")
+        expected = product_key_topk(query, keys1, keys2, k, "reference")
+        assert torch.equal(scores, expected[0])
+        assert torch.equal(indices, expected[1])
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("shared", [True, False])
 def test_ties_as_in_the_reference(sizes, shared, kernels, assert_close):

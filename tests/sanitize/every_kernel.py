@@ -23,6 +23,8 @@ EXPERT_SHAPES_TKND = (
     (3, 5, 13, 16), (2, 9, 3, 17), (2, 3, 9, 31), (4, 5, 13, 33), (3, 4, 6, 64), (1, 16, 20, 65),
     (2, 9, 20, 100), (17, 8, 30, 257), (70, 3, 2, 12), (129, 2, 300, 5),
     (1100, 3, 70_000, 2),  # more than a tile of tokens, and experts whose numbers take more than 16 bits
+    (410, 4, 50, 33), (600, 9, 20, 18),  # tokens go backward in parts, which add up row by row and by columns
+    (5, 3, 33_000, 128),  # a gradient that goes past the caches
 )  # fmt: skip
 EXPERT_DTYPES = (
     (F32, F32),
@@ -70,13 +72,13 @@ def picks(T: int, K: int, N: int) -> Iterator[Tensor]:
 
 def experts() -> None:
     own_schedule = cpu.block_experts
-    cases = itertools.product(EXPERT_SHAPES_TKND, EXPERT_DTYPES, (2, 3), (None, 1, 3))
+    cases = itertools.product(EXPERT_SHAPES_TKND, EXPERT_DTYPES, (2, 3), (None, 1, 4))
     activations = itertools.cycle(ACTIVATIONS)
     kinds = itertools.cycle(KINDS)
     needed = itertools.cycle(itertools.product((True, False), repeat=3))
     for (T, K, N, D), (dtype, table_dtype), R, block in cases:
         # So many experts at a time: left to itself the schedule would be the same for all of these.
-        size = N if block is None else min(N, block if N < 1000 else N // 7)
+        size = N if block is None else min(N, block if N < 1000 else 2**13)
         cpu.block_experts = lambda *_, size=size: size
         for indices in picks(T, K, N):
             activation, kind = next(activations), next(kinds)

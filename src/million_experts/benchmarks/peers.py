@@ -121,7 +121,9 @@ def peer_pytorch(
     try:
         package = importlib.import_module("PEER_pytorch")
     except ImportError as error:
-        raise Unavailable(f"PEER-pytorch cannot be imported ({error}): pip install PEER-pytorch") from error
+        raise Unavailable(
+            f"PEER-pytorch cannot be imported ({error}): pip install 'million-experts[bench]'"
+        ) from error
     layer = package.PEER(
         dim,
         heads=num_heads,

@@ -65,11 +65,16 @@ def prepare_data(
 
 
 def load_stream(
-    data: list[str], text_column: str, tokenizer: PreTrainedTokenizerBase, cache_dir: str = DEFAULT_CACHE
+    data: list[str],
+    text_column: str,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: str = DEFAULT_CACHE,
+    max_documents: int | None = None,
 ) -> TokenStream:
-    """All documents of some corpora as a model's tokens."""
+    """The documents of some corpora, or the first `max_documents` of each, as a model's tokens."""
     datasets.disable_progress_bars()
-    return _tokenize(load_corpora(data, text_column=text_column), tokenizer, cache_dir)
+    corpora = load_corpora(data, text_column=text_column, max_documents=max_documents)
+    return _tokenize(corpora, tokenizer, cache_dir)
 
 
 def load_test_stream(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, run: Path) -> TokenStream:

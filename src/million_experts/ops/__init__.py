@@ -7,11 +7,11 @@
 import torch
 from torch import Tensor
 
-from million_experts._arguments import check_choice
 from million_experts._typing import Bool, Float, Int
 from million_experts.ops import library as _library  # noqa: F401  (registers torch.ops.million_experts)
 from million_experts.ops import library_layer as _library_layer  # noqa: F401
 from million_experts.ops.backends import advise_huge_pages, available_backends, resolve_backend
+from million_experts.ops.checks import check_codebooks, check_experts, check_norm
 from million_experts.ops.reference import ACTIVATIONS
 
 __all__ = [
@@ -52,24 +52,7 @@ def product_key_topk(
     Raises:
         ValueError: a shape, dtype or k that does not fit; the message names the argument.
     """
-    if query.dim() != 4 or query.shape[2] != 2:
-        raise ValueError(f"query must have shape [T, H, 2, d], got {list(query.shape)}")
-    _check_floating(query=query, keys1=keys1, keys2=keys2)
-    heads, width = query.shape[1], query.shape[3]
-    for name, keys in (("keys1", keys1), ("keys2", keys2)):
-        if keys.dim() not in (2, 3) or keys.shape[-1] != width or keys.shape[:-2] not in ((), (heads,)):
-            raise ValueError(
-                f"{name} must have shape [n, {width}] or [{heads}, n, {width}] to fit query "
-                f"{list(query.shape)}, got {list(keys.shape)}"
-            )
-    if keys1.dim() != keys2.dim():
-        raise ValueError(
-            "keys1 and keys2 must both be shared or both be per head, "
-            f"got {list(keys1.shape)} and {list(keys2.shape)}"
-        )
-    smaller = min(keys1.shape[-2], keys2.shape[-2])
-    if not 1 <= k <= smaller:
-        raise ValueError(f"k must lie in [1, {smaller}], the size of the smaller codebook, got {k}")
+    check_codebooks(query, keys1, keys2, k)
     return torch.ops.million_experts.product_key_topk(
         query, keys1, keys2, k, resolve_backend(backend, query.device.type)
     )
@@ -112,22 +95,7 @@ def expert_mlp(
         ValueError: a shape, dtype or activation that does not fit; the message names the argument.
         IndexError: an index outside [0, N).
     """
-    check_choice("activation", activation, ACTIVATIONS)
-    if x.dim() != 2:
-        raise ValueError(f"x must have shape [T, D], got {list(x.shape)}")
-    tokens, dim = x.shape
-    if experts.dim() != 3 or experts.shape[1] not in (2, 3) or experts.shape[2] != dim:
-        raise ValueError(f"experts must have shape [N, 2 or 3, {dim}] to fit x, got {list(experts.shape)}")
-    if indices.dim() != 2 or indices.shape[0] != tokens:
-        raise ValueError(f"indices must have shape [{tokens}, K] to fit x, got {list(indices.shape)}")
-    if indices.dtype != torch.int64:
-        raise ValueError(f"indices must be int64, got {indices.dtype}")
-    if gates.shape != indices.shape:
-        raise ValueError(
-            f"gates must have the shape of indices, {list(indices.shape)}, got {list(gates.shape)}"
-        )
-    _check_floating(x=x, gates=gates, experts=experts)
-    _check_mask(mask, tokens)
+    check_experts(x, indices, gates, experts, mask, activation)
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         low = torch.get_autocast_dtype(x.device.type)
         x, gates = (t if t.dtype == torch.float64 else t.to(low) for t in (x, gates))
@@ -163,27 +131,7 @@ def masked_batch_norm(
     Raises:
         ValueError: a shape or dtype that does not fit; the message names the argument.
     """
-    if x.dim() != 2:
-        raise ValueError(f"x must have shape [T, C], got {list(x.shape)}")
-    tokens, channels = x.shape
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.shape != (channels,):
-            raise ValueError(f"{name} must have shape [{channels}] to fit x, got {list(tensor.shape)}")
-    _check_floating(x=x, weight=weight, bias=bias)
-    _check_mask(mask, tokens)
+    check_norm(x, mask, weight=weight, bias=bias)
     return torch.ops.million_experts.masked_batch_norm(
         x, mask, weight, bias, eps, resolve_backend(backend, x.device.type)
     )
-
-
-def _check_mask(mask: Tensor | None, tokens: int) -> None:
-    if mask is not None and (mask.shape != (tokens,) or mask.dtype != torch.bool):
-        raise ValueError(
-            f"mask must be bool of shape [{tokens}] to fit x, got {mask.dtype} {list(mask.shape)}"
-        )
-
-
-def _check_floating(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must have a floating-point dtype, got {tensor.dtype}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from million_experts.ops import _kernels
+from million_experts.ops.checks import check_range
 from million_experts.ops.reference import ACTIVATIONS, accumulation_dtype
 
 DEVICES = ("cpu",)
@@ -29,6 +30,9 @@ HUGE_BYTES = 32 * 2**20
 BLOCK_BYTES = 2**20
 TILE_TOKENS = 1024
 BLOCK_REUSE = 4.0
+
+# The kernels count pairs of token and expert, and experts, in 32 bits.
+MOST_PAIRS = 2**32
 
 
 def _find_openmp() -> str | None:
@@ -95,7 +99,9 @@ def threads() -> int:
 
 
 def block_experts(tokens: int, experts_per_token: int, num_experts: int, expert_bytes: int) -> int:
-    """How many experts a tile of tokens meets before it goes on to the next; all of them: token by token.
+    """How many experts a tile of tokens meets before it goes on to the next, a power of two.
+
+    Or all of them: then it goes token by token.
 
     Going block by block reads an expert from memory once for a tile of tokens instead of once for each token,
     and costs a sort of the pairs and more visits to each token. It pays once a tile has enough tokens for an
@@ -104,7 +110,8 @@ def block_experts(tokens: int, experts_per_token: int, num_experts: int, expert_
     reuse = min(tokens, TILE_TOKENS) * experts_per_token / max(1, num_experts)
     if reuse < BLOCK_REUSE or num_experts * expert_bytes <= BLOCK_BYTES:
         return num_experts
-    return min(num_experts, max(1, BLOCK_BYTES // expert_bytes))
+    block = 2 ** int(math.log2(max(1, BLOCK_BYTES // expert_bytes)))
+    return min(num_experts, block)
 
 
 def huge_pages() -> str:
@@ -208,6 +215,10 @@ def _expert_arguments(
 ) -> tuple[int, ...]:
     T, K = indices.shape
     N, R, D = experts.shape
+    if max(T * K, N) >= MOST_PAIRS:
+        raise ValueError(
+            f"indices must hold fewer than 2**32 picks of fewer than 2**32 experts, got {T} x {K} of {N}"
+        )
     block = block_experts(T, K, N, R * D * experts.element_size())
     return (
         _DTYPES[dtype], _DTYPES[experts.dtype], ACTIVATIONS.index(activation), T, K, N, R, D,
@@ -243,7 +254,8 @@ def backward_tokens(tokens: int, experts_per_token: int, num_experts: int, round
     """
     if rounded:
         return max(1, tokens)
-    return max(256, math.ceil(32 * num_experts / max(1, experts_per_token)))
+    K = max(1, experts_per_token)
+    return min(max(256, math.ceil(32 * num_experts / K)), max(1, (MOST_PAIRS - 1) // K))
 
 
 def expert_mlp_backward(
@@ -375,10 +387,12 @@ def layer_inference(
 
 
 def random_row_read(table: Tensor, rows: Tensor) -> int:
-    """Reads whole rows of a table [M, C] at `rows` int64 and returns a checksum.
+    """Reads whole rows of a table [M, C] at `rows` int64 and returns a checksum: a measure for `expert_mlp`.
 
-    The fastest way known here: what `expert_mlp` is measured against.
+    Raises:
+        IndexError: a row outside [0, M).
     """
+    check_range("rows", rows, len(table), "the rows of the table")
     table, rows = table.contiguous(), rows.contiguous()
     row_bytes = math.prod(table.shape[1:]) * table.element_size()
     return _kernels.random_read(table.data_ptr(), row_bytes, rows.data_ptr(), rows.numel(), threads())

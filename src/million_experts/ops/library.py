@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 from million_experts.ops.backends import implementation
+from million_experts.ops.checks import (
+    check_codebooks,
+    check_experts,
+    check_floating,
+    check_range,
+    check_shape,
+)
 from million_experts.ops.reference import accumulation_dtype, spread
 
 LIBRARY = torch.library.Library("million_experts", "DEF")
@@ -47,18 +54,13 @@ def refuse_double_backward(name: str) -> None:
     torch.library.register_autograd(f"million_experts::{name}_backward", backward, lib=LIBRARY)
 
 
-def _check_indices(indices: Tensor, num_experts: int) -> None:
-    if indices.numel() == 0:
-        return
-    low, high = (int(v) for v in torch.aminmax(indices))
-    if low < 0 or high >= num_experts:
-        raise IndexError(
-            f"indices must lie in [0, {num_experts}), the experts in the pool, "
-            f"got values from {low} to {high}"
-        )
+def _check_pool(indices: Tensor, mask: Tensor | None, num_experts: int) -> None:
+    """Experts of masked tokens are not touched, whatever they are."""
+    check_range("indices", indices if mask is None else indices[mask], num_experts, "the experts in the pool")
 
 
 def _topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+    check_codebooks(query, keys1, keys2, k)
     return implementation(backend).product_key_topk(query, keys1, keys2, k)
 
 
@@ -71,7 +73,11 @@ def _topk_fake(query: Tensor, keys1: Tensor, keys2: Tensor, k: int, backend: str
 def _topk_backward(
     grad_scores: Tensor, indices: Tensor, query: Tensor, keys1: Tensor, keys2: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_indices(indices, keys1.shape[-2] * keys2.shape[-2])
+    check_codebooks(query, keys1, keys2, indices.shape[-1])
+    check_floating(grad_scores=grad_scores)
+    check_shape("indices", indices, (*query.shape[:2], indices.shape[-1]))
+    check_shape("grad_scores", grad_scores, indices.shape)
+    check_range("indices", indices, keys1.shape[-2] * keys2.shape[-2], "the experts in the pool")
     return implementation(backend).product_key_topk_backward(grad_scores, indices, query, keys1, keys2)
 
 
@@ -123,7 +129,8 @@ def _mlp(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_indices(indices, len(experts))
+    check_experts(x, indices, gates, experts, mask, activation)
+    _check_pool(indices, mask, len(experts))
     run = implementation(backend).expert_mlp
     if mask is None:
         return run(x, indices, gates, experts, activation)
@@ -150,7 +157,11 @@ def _mlp_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_indices(indices, len(experts))
+    check_experts(x, indices, gates, experts, mask, activation)
+    check_floating(grad_y=grad_y, pre=pre)
+    check_shape("grad_y", grad_y, x.shape)
+    check_shape("pre", pre, (experts.shape[1] - 1, *indices.shape))
+    _check_pool(indices, mask, len(experts))
     run = implementation(backend).expert_mlp_backward
     if mask is None:
         return run(grad_y, x, indices, gates, experts, pre, activation, *needs)

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from million_experts._arguments import check_choice
 from million_experts.ops.backends import implementation
+from million_experts.ops.checks import check_codebooks, check_experts, check_floating, check_norm, check_shape
 from million_experts.ops.library import LIBRARY, define, refuse_double_backward
 from million_experts.ops.reference import accumulation_dtype
 
@@ -13,6 +15,7 @@ from million_experts.ops.reference import accumulation_dtype
 def _norm(
     x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_norm(x, mask, weight=weight, bias=bias)
     return implementation(backend).masked_batch_norm(x, mask, weight, bias, eps)
 
 
@@ -32,6 +35,9 @@ def _norm_backward(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_norm(x, mask, weight=weight, mean=mean, variance=variance)
+    check_floating(grad_y=grad_y)
+    check_shape("grad_y", grad_y, x.shape)
     return implementation(backend).masked_batch_norm_backward(grad_y, x, mask, weight, mean, variance, eps)
 
 
@@ -99,15 +105,50 @@ def layer_inference(
     arguments = (
         x, query_weight, query_norm, norm, eps, keys1, keys2, experts, num_heads, k, score, activation,
     )  # fmt: skip
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor:
+    watched = (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or type(x) is not Tensor
+    )
+    if watched:
         return torch.ops.million_experts.layer_inference(*arguments, "cpu")
-    # Nobody looks on, and there is no gradient: the dispatcher would add 17 us to 50.
-    return _inference(*arguments, "cpu")
+    # Nobody looks on, there is no gradient, and a layer's own tensors fit each other: the dispatcher would
+    # add 17 us to 50.
+    return implementation("cpu").layer_inference(*arguments)
 
 
 def _inference(*arguments) -> Tensor:
     *layer, backend = arguments
+    _check_layer(*layer)
     return implementation(backend).layer_inference(*layer)
+
+
+def _check_layer(
+    x, query_weight, query_norm, norm, eps, keys1, keys2, experts, num_heads, k, score, activation
+) -> None:
+    check_choice("query_norm", query_norm, tuple(_NORM_TENSORS))
+    check_choice("score", score, ("softmax", "sigmoid", "relu"))
+    key_dim = 2 * keys1.shape[-1]
+    check_codebooks(x.new_empty(len(x), num_heads, 2, key_dim // 2), keys1, keys2, k)
+    for name, tensor in dict(x=x, query_weight=query_weight, keys1=keys1, keys2=keys2).items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32, got {tensor.dtype}")
+    picks = torch.empty(len(x), num_heads * k, dtype=torch.int64)
+    check_experts(x, picks, x.new_empty(picks.shape), experts, None, activation)
+    if experts.dtype == torch.float64:
+        raise ValueError("experts must be float32 or narrower, got float64")
+    check_shape("experts", experts, (keys1.shape[-2] * keys2.shape[-2], *experts.shape[1:]))
+    check_shape("query_weight", query_weight, (num_heads * key_dim, x.shape[1]))
+    if len(norm) != _NORM_TENSORS[query_norm]:
+        raise ValueError(f"norm must hold {_NORM_TENSORS[query_norm]} tensors, got {len(norm)}")
+    for tensor in norm:
+        check_shape("norm", tensor, (key_dim if query_norm == "layer" else num_heads * key_dim,))
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"norm must be float32, got {tensor.dtype}")
+
+
+_NORM_TENSORS = {"none": 0, "layer": 2, "batch": 4}
 
 
 def _inference_fake(x, *others):

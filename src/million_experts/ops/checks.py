@@ -1,0 +1,104 @@
+"""What the operations ask of their arguments.
+
+Checked where a user calls them, and again where PyTorch does: kernels get addresses, and everybody can call
+`torch.ops.million_experts`.
+"""
+
+import torch
+from torch import Tensor
+
+from million_experts._arguments import check_choice
+from million_experts.ops.reference import ACTIVATIONS
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Raises ValueError that names the first tensor whose dtype no operation takes."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(
+                f"{name} must have a floating-point dtype, got {tensor.dtype}; allowed: {allowed}"
+            )
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the tensor has the shape."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def check_mask(mask: Tensor | None, tokens: int) -> None:
+    """Raises ValueError unless the mask is None or bool [tokens]."""
+    if mask is not None and (mask.shape != (tokens,) or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask must be bool of shape [{tokens}] to fit x, got {mask.dtype} {list(mask.shape)}"
+        )
+
+
+def check_range(name: str, indices: Tensor, count: int, of: str) -> None:
+    """Raises ValueError unless the indices are int64, IndexError unless they lie in [0, count)."""
+    if indices.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {indices.dtype}")
+    if indices.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(indices))
+    if low < 0 or high >= count:
+        raise IndexError(f"{name} must lie in [0, {count}), {of}, got values from {low} to {high}")
+
+
+def check_codebooks(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> None:
+    """The arguments of `product_key_topk`."""
+    if query.dim() != 4 or query.shape[2] != 2:
+        raise ValueError(f"query must have shape [T, H, 2, d], got {list(query.shape)}")
+    check_floating(query=query, keys1=keys1, keys2=keys2)
+    heads, width = query.shape[1], query.shape[3]
+    for name, keys in (("keys1", keys1), ("keys2", keys2)):
+        if keys.dim() not in (2, 3) or keys.shape[-1] != width or keys.shape[:-2] not in ((), (heads,)):
+            raise ValueError(
+                f"{name} must have shape [n, {width}] or [{heads}, n, {width}] to fit query "
+                f"{list(query.shape)}, got {list(keys.shape)}"
+            )
+    if keys1.dim() != keys2.dim():
+        raise ValueError(
+            "keys1 and keys2 must both be shared or both be per head, "
+            f"got {list(keys1.shape)} and {list(keys2.shape)}"
+        )
+    smaller = min(keys1.shape[-2], keys2.shape[-2])
+    if not 1 <= k <= smaller:
+        raise ValueError(f"k must lie in [1, {smaller}], the size of the smaller codebook, got {k}")
+
+
+def check_experts(
+    x: Tensor, indices: Tensor, gates: Tensor, experts: Tensor, mask: Tensor | None, activation: str
+) -> None:
+    """The arguments of `expert_mlp`, but for the values of the indices."""
+    check_choice("activation", activation, ACTIVATIONS)
+    if x.dim() != 2:
+        raise ValueError(f"x must have shape [T, D], got {list(x.shape)}")
+    tokens, dim = x.shape
+    if experts.dim() != 3 or experts.shape[1] not in (2, 3) or experts.shape[2] != dim:
+        raise ValueError(f"experts must have shape [N, 2 or 3, {dim}] to fit x, got {list(experts.shape)}")
+    if indices.dim() != 2 or indices.shape[0] != tokens:
+        raise ValueError(f"indices must have shape [{tokens}, K] to fit x, got {list(indices.shape)}")
+    if indices.dtype != torch.int64:
+        raise ValueError(f"indices must be int64, got {indices.dtype}")
+    if gates.shape != indices.shape:
+        raise ValueError(
+            f"gates must have the shape of indices, {list(indices.shape)}, got {list(gates.shape)}"
+        )
+    check_floating(x=x, gates=gates, experts=experts)
+    check_mask(mask, tokens)
+
+
+def check_norm(x: Tensor, mask: Tensor | None, **per_channel: Tensor) -> None:
+    """The arguments of `masked_batch_norm`."""
+    if x.dim() != 2:
+        raise ValueError(f"x must have shape [T, C], got {list(x.shape)}")
+    tokens, channels = x.shape
+    for name, tensor in per_channel.items():
+        if tensor.shape != (channels,):
+            raise ValueError(f"{name} must have shape [{channels}] to fit x, got {list(tensor.shape)}")
+    check_floating(x=x, **per_channel)
+    check_mask(mask, tokens)
