@@ -29,11 +29,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 STYLES = {
     OURS: ("#2a6fb0", "o"),
     REFERENCE: ("#7fb2dc", "o"),
-    COMPILED: ("#8e6bb0", "v"),
+    COMPILED: ("#8e6bb0", "P"),
     PEER_PYTORCH: ("#d9772b", "s"),
     PKM: ("#3a9a5b", "D"),
     MIXTRAL[0]: ("#b03a48", "^"),
-    MIXTRAL[1]: ("#de8f99", "^"),
+    MIXTRAL[1]: ("#e8a0a8", "v"),
     DENSE: ("#777777", "x"),
 }
 
@@ -57,7 +57,7 @@ SWEEPS = (
     Sweep(
         "k",
         "experts_per_head",
-        "experts a token, K = 8k",
+        "experts a token, K",
         lambda k: f"{8 * k:.0f}",
         "dim 256, N=512², T=2048",
     ),
@@ -119,7 +119,7 @@ def sweep_figure(sweep: Sweep, rows: Iterable[Row], path: Path) -> bool:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(f"{sweep.about}, 8 heads, float32", fontsize=11)
+    figure.suptitle(f"{sweep.about}, 8 heads, float32; bands lie between the quartiles", fontsize=11)
     _save(figure, path)
     return True
 
@@ -146,35 +146,45 @@ def _is_centre(shape: Mapping[str, Any]) -> bool:
 
 
 def targets_figure(rows: Sequence[Row], path: Path) -> bool:
-    """Each target's ratio as a share of its bound: bars that end left of 1 are within; False without any."""
+    """A line for each target: how far its ratio is from its bound; False without any ratio."""
     found = [outcome for outcome in outcomes(rows) if outcome.ratio is not None]
     if not found:
         return False
-    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.42 * len(found)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 1.3 + 0.34 * len(found)), layout="constrained")
+    ends = []
     for place, outcome in enumerate(found):
         target, ratio = outcome.target, outcome.ratio or 0.0
-        shares = [target.worse_by(value, target.bound) + 1 for value in (ratio, outcome.low, outcome.high)]
-        axes.plot([shares[0]], [place], "o", color="#2a6fb0" if outcome.met else "#b03a48", ms=8)
-        axes.hlines(place, min(shares[1:]), max(shares[1:]), color="#777777", lw=2, zorder=0)
+        color = "#2a6fb0" if outcome.met else "#b03a48"
+        times = [1 + target.worse_by(value, target.bound) for value in (ratio, outcome.low, outcome.high)]
+        axes.plot(times[:1], [place], "o", color=color, ms=8)
+        axes.hlines(place, min(times), max(times), color=color, lw=2, zorder=0)
         sign = "≥" if target.at_least else "≤"
-        axes.annotate(
-            f"{ratio:.3g} (target {sign} {target.bound:.3g})",
-            (shares[0], place),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
+        axes.text(
+            1.02,
+            place,
+            f"{ratio:.3g}, target {sign} {target.bound:.3g}",
+            color=color,
+            va="center",
+            transform=axes.get_yaxis_transform(),
         )
+        ends += times
     axes.axvline(1, color="#777777", ls="--", lw=1)
-    axes.set_yticks(range(len(found)), [outcome.target.name for outcome in found])
+    names = [
+        target.title if target.name in target.title else f"{target.name}: {target.title}"
+        for target in (outcome.target for outcome in found)
+    ]
+    axes.set_yticks(range(len(found)), names)
     axes.invert_yaxis()
-    axes.margins(x=0.2, y=0.1)
-    axes.set(xscale="log", xlabel="ratio as a share of its bound (left of 1: met)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(
-        FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+    axes.set(
+        xscale="log",
+        xlim=(min(0.45, 0.9 * min(ends)), max(2.2, 1.1 * max(ends))),
+        xlabel="times its target: left of the line is better (lines: between quartiles)",
+        title="Ratios and their targets",
     )
-    axes.tick_params(axis="x", which="minor", labelsize=8)
+    axes.xaxis.set_major_locator(FixedLocator([0.125, 0.25, 0.5, 1, 2, 4, 8]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
     return True

@@ -58,9 +58,22 @@ def outcomes(rows: Iterable[Row]) -> list[Outcome]:
     return evaluate((target for target in TARGETS if target.case in measured), rows)
 
 
+LEGEND = """\
+N experts in the pool, H heads of k experts each, K = H*k experts a token, T tokens; float32, GELU, no GLU unless
+said. A ratio is our median over that of the fastest competitor it names, in one process that gave them turns.
+
+- *million-experts*: `PEER` with the C++ kernels; *reference*: the same layer in plain PyTorch;
+  *torch.compile*: a straightforward PEER layer of gathers and einsums, compiled.
+- *PEER-pytorch*: the package, with softmax scores over all k experts and the same key size a half.
+- *Mixtral*: the sparse block of transformers, 2 of 4 experts, eager or with `grouped_mm`.
+- *dense*: two linear layers with GELU between them; its width is in `results.jsonl`, as are all shapes.
+- *PKM*: a product-key memory, values instead of neurons, by `nn.EmbeddingBag`; it computes less than PEER.
+- *Zipf picks*: expert n is picked with a probability in proportion to 1/n."""
+
+
 def markdown(rows: Sequence[Row], figures: Iterable[str] = ()) -> str:
     """Targets first, then every case."""
-    parts = ["# Benchmark", _provenance(rows), "## Targets", _targets_table(outcomes(rows))]
+    parts = ["# Benchmark", _provenance(rows), LEGEND, "## Targets", _targets_table(outcomes(rows))]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in figures]
     cases = dict.fromkeys(row["case"] for row in rows)
     parts.append("## Cases")
