@@ -205,6 +205,15 @@ TARGET_CASES = (
         cold=True,
     ),
     Case(
+        "P5 warm",
+        "the same again and again, with what it needs in the caches",
+        layers(1, 256, MILLION, 16, 128, dense_width=1024, moe_width=256),
+        ("forward",),
+        group="P5",
+        memory=False,
+        repetitions=20,
+    ),
+    Case(
         "P6",
         "experts alone against dense of the same active width, N=128^2, T=2048, K=128",
         (

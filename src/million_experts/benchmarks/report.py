@@ -59,8 +59,9 @@ def outcomes(rows: Iterable[Row]) -> list[Outcome]:
 
 
 LEGEND = """\
-N experts in the pool, H heads of k experts each, K = H*k experts a token, T tokens; float32, GELU, no GLU unless
-said. A ratio is our median over that of the fastest competitor it names, in one process that gave them turns.
+N experts in the pool, H heads of k experts each, K = H*k experts a token, T tokens; float32, GELU, no GLU
+unless said. A ratio is our median over that of the fastest competitor it names, in one process that gave
+them turns.
 
 - *million-experts*: `PEER` with the C++ kernels; *reference*: the same layer in plain PyTorch;
   *torch.compile*: a straightforward PEER layer of gathers and einsums, compiled.
