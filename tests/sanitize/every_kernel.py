@@ -24,8 +24,8 @@ EXPERT_SHAPES_TKND = (
     (2, 9, 20, 100), (17, 8, 30, 257), (70, 3, 2, 12), (129, 2, 300, 5),
     (1100, 3, 70_000, 2),  # more than a tile of tokens, and experts whose numbers take more than 16 bits
     (410, 4, 50, 33), (600, 9, 20, 18),  # tokens go backward in parts, which add up row by row and by columns
-    (5, 3, 33_000, 128),  # a gradient that goes past the caches
 )  # fmt: skip
+LARGE_SHAPE_TKND = (5, 3, 33_000, 128)  # a gradient that goes past the caches
 EXPERT_DTYPES = (
     (F32, F32),
     (F32, BF16),
@@ -72,7 +72,11 @@ def picks(T: int, K: int, N: int) -> Iterator[Tensor]:
 
 def experts() -> None:
     own_schedule = cpu.block_experts
-    cases = itertools.product(EXPERT_SHAPES_TKND, EXPERT_DTYPES, (2, 3), (None, 1, 4))
+    cases = [
+        *itertools.product(EXPERT_SHAPES_TKND, EXPERT_DTYPES, (2, 3), (None, 1, 4)),
+        (LARGE_SHAPE_TKND, (F32, F32), 2, None),
+        (LARGE_SHAPE_TKND, (F32, BF16), 3, None),
+    ]
     activations = itertools.cycle(ACTIVATIONS)
     kinds = itertools.cycle(KINDS)
     needed = itertools.cycle(itertools.product((True, False), repeat=3))
