@@ -216,9 +216,8 @@ struct SortedPair {
 // the same for any number of threads. Between passes a pair travels as expert << 32 | pair; the last pass adds
 // what else belongs to it.
 template <class A, int R>
-void sort_pairs(const ExpertMlpTableGrad& a, SortedPair<A, R>* sorted) {
+void sort_pairs(const ExpertMlp& a, const A* weights, SortedPair<A, R>* sorted) {
   constexpr int digit_bits = 11, digits = 1 << digit_bits;
-  const A* weights = static_cast<const A*>(a.weights);
   const int64_t pairs = a.T * a.K, share = (pairs + a.threads - 1) / a.threads;
   int passes = 1;
   while (a.N > int64_t{1} << (passes * digit_bits)) ++passes;
@@ -321,6 +320,24 @@ inline int64_t write_blocks(T* out, const A* source, const Pair* pairs, int64_t 
   return at;
 }
 
+// out [R, D] (+)= the gradient of an expert, from all its pairs.
+template <class A, class T, int R>
+inline void write_expert(T* out, const A* x, const A* grad_y, const SortedPair<A, R>* run, int64_t count, int64_t D,
+                         bool accumulate, bool streamed) {
+  for (int r = 0; r < R; ++r, out += D) {
+    const A* source = r == 1 ? grad_y : x;
+    int64_t at = write_blocks<sum_vectors>(out, source, run, count, r, 0, D, accumulate, streamed);
+    at = write_blocks<sum_vectors / 4>(out, source, run, count, r, at, D, accumulate, streamed);
+    at = write_blocks<1>(out, source, run, count, r, at, D, accumulate, streamed);
+    if (at == D) continue;
+    const int rest = static_cast<int>(D - at);
+    Vec<A> sum = accumulate ? load_part<A>(out + at, rest) : Vec<A>{};
+    for (int64_t i = 0; i < count; ++i)
+      sum += splat(run[i].weights[r]) * load_part<A>(source + int64_t{run[i].token} * D + at, rest);
+    store_part<A>(out + at, sum, rest);
+  }
+}
+
 template <class A, class T, int R>
 void grad_by_rows(const ExpertMlpTableGrad& a, const SortedPair<A, R>* pairs) {
   const A *x = static_cast<const A*>(a.x), *grad_y = static_cast<const A*>(a.grad_y);
@@ -331,19 +348,7 @@ void grad_by_rows(const ExpertMlpTableGrad& a, const SortedPair<A, R>* pairs) {
     for_experts(
         pairs, a.T * a.K, a.N * range / ranges, a.N * (range + 1) / ranges,
         [&](int64_t expert, const SortedPair<A, R>* run, int64_t count) {
-          for (int r = 0; r < R; ++r) {
-            T* out = grad + (expert * R + r) * D;
-            const A* source = r == 1 ? grad_y : x;
-            int64_t at = write_blocks<sum_vectors>(out, source, run, count, r, 0, D, a.accumulate, streamed);
-            at = write_blocks<sum_vectors / 4>(out, source, run, count, r, at, D, a.accumulate, streamed);
-            at = write_blocks<1>(out, source, run, count, r, at, D, a.accumulate, streamed);
-            if (at == D) continue;
-            const int rest = static_cast<int>(D - at);
-            Vec<A> sum = a.accumulate ? load_part<A>(out + at, rest) : Vec<A>{};
-            for (int64_t i = 0; i < count; ++i)
-              sum += splat(run[i].weights[r]) * load_part<A>(source + int64_t{run[i].token} * D + at, rest);
-            store_part<A>(out + at, sum, rest);
-          }
+          write_expert<A, T, R>(grad + expert * R * D, x, grad_y, run, count, D, a.accumulate, streamed);
         },
         [&](int64_t from, int64_t to) {
           if (a.accumulate) return;
@@ -411,9 +416,40 @@ template <class A, class T, int R>
 void table_grad(const ExpertMlpTableGrad& a) {
   const int64_t pairs = a.T * a.K;
   Scratch<SortedPair<A, R>> sorted(pairs);
-  sort_pairs(a, sorted.data);
+  sort_pairs(a, static_cast<const A*>(a.weights), sorted.data);
   if (pairs >= a.N * columns_reuse) grad_by_columns<A, T, R>(a, sorted.data);
   else grad_by_rows<A, T, R>(a, sorted.data);
+}
+
+// --- the gradient of the touched rows alone ---------------------------------------------------------------------
+
+template <class A, int R>
+void sort_touched(ExpertMlpSort& a) {
+  SortedPair<A, R>* sorted = static_cast<SortedPair<A, R>*>(a.sorted);
+  sort_pairs(a, static_cast<const A*>(a.weights), sorted);
+  const int64_t pairs = a.T * a.K;
+  a.touched = 0;
+  for (int64_t i = 0; i < pairs; ++i)
+    if (i == 0 || sorted[i].expert != sorted[i - 1].expert) a.starts[a.touched++] = i;
+  a.starts[a.touched] = pairs;
+}
+
+template <class A, class T, int R>
+void touched_grad(const ExpertMlpTouchedGrad& a) {
+  constexpr int64_t rows_each = 64;
+  const A *x = static_cast<const A*>(a.x), *grad_y = static_cast<const A*>(a.grad_y);
+  const SortedPair<A, R>* sorted = static_cast<const SortedPair<A, R>*>(a.sorted);
+  T* values = static_cast<T*>(a.values);
+  const int64_t bytes = a.touched * R * a.D * static_cast<int64_t>(sizeof(T));
+  parallel_items(a.threads, (a.touched + rows_each - 1) / rows_each, [&](int64_t item) {
+    for (int64_t i = item * rows_each; i < a.touched && i < (item + 1) * rows_each; ++i) {
+      const SortedPair<A, R>* run = sorted + a.starts[i];
+      a.rows[i] = run->expert;
+      write_expert<A, T, R>(values + i * R * a.D, x, grad_y, run, a.starts[i + 1] - a.starts[i], a.D, false,
+                            bytes >= stream_bytes);
+    }
+    stream_fence();
+  });
 }
 
 // --- one function for every pair of types --------------------------------------------------------------------
@@ -448,12 +484,24 @@ struct TableGrad {
   static void run(const ExpertMlpTableGrad& a) { a.R == 3 ? table_grad<A, T, 3>(a) : table_grad<A, T, 2>(a); }
 };
 
+template <class A, class T>
+struct TouchedGrad {
+  static void run(const ExpertMlpTouchedGrad& a) {
+    a.R == 3 ? touched_grad<A, T, 3>(a) : touched_grad<A, T, 2>(a);
+  }
+};
+
 }  // namespace
 
 namespace ME_ISA {
 void expert_mlp_forward(const ExpertMlpForward& a) { with_types<Forward>(a); }
 void expert_mlp_backward(const ExpertMlpBackward& a) { with_types<Backward>(a); }
 void expert_mlp_table_grad(const ExpertMlpTableGrad& a) { with_types<TableGrad>(a); }
+void expert_mlp_sort(ExpertMlpSort& a) {
+  if (a.dtype_sum == DType::f64) a.R == 3 ? sort_touched<double, 3>(a) : sort_touched<double, 2>(a);
+  else a.R == 3 ? sort_touched<float, 3>(a) : sort_touched<float, 2>(a);
+}
+void expert_mlp_touched_grad(const ExpertMlpTouchedGrad& a) { with_types<TouchedGrad>(a); }
 }  // namespace ME_ISA
 
 }  // namespace million_experts

@@ -49,6 +49,25 @@ struct ExpertMlpTableGrad : ExpertMlp {
   bool accumulate;      // add to grad_experts, which otherwise is written in full
 };
 
+// The same gradient as rows: first the pairs are sorted, which tells how many experts have any, then their gradients
+// are summed into as many rows.
+struct ExpertMlpSort : ExpertMlp {
+  const void* weights;  // [T, K, R], from expert_mlp_backward
+  void* sorted;         // T * K times sorted_pair_bytes
+  int64_t* starts;      // [min(N, T * K) + 1], where in `sorted` each touched expert begins; behind the last, the end
+  int64_t touched;      // output: how many experts have pairs
+};
+
+struct ExpertMlpTouchedGrad : ExpertMlp {
+  const void* x;          // [T, D]
+  const void* grad_y;     // [T, D]
+  const void* sorted;     // from the sort
+  const int64_t* starts;  // [touched + 1], likewise
+  int64_t touched;
+  int64_t* rows;          // [touched], ascending
+  void* values;           // [touched, R, D] in dtype_experts
+};
+
 struct Retrieval {
   DType dtype_sum;  // type of query, keys and scores
   int64_t T, H, d, n1, n2, k;
@@ -111,6 +130,27 @@ struct LayerInference {
   int threads;
 };
 
+// One step of AdamW for n rows of a table, or without `values` what all rows have missed. In place.
+struct RowwiseAdamW {
+  DType dtype_sum;       // of exp_avg_sq too
+  DType dtype_table, dtype_momentum, dtype_values;
+  int64_t N, R, D, n;
+  void* table;            // [N, R, D]
+  void* exp_avg;          // [N, R, D]
+  void* exp_avg_sq;       // [N, R, D], or [N, R] where by_row
+  int32_t* last_step;     // [N]
+  const double* history;  // [step + 1, 3]: logarithms of beta1, beta2 and 1 - lr * weight_decay, summed over steps
+  int64_t step;           // the one that is taken, counted from 1
+  const int64_t* rows;    // [n], each once
+  const void* values;     // [any, R, D] or null
+  const int64_t* places;  // where row i's values are: places[starts[i]], ..., or both null: value i
+  const int64_t* starts;  // [n + 1]
+  double lr, beta1, beta2, eps, weight_decay;
+  bool by_row, stochastic;
+  uint64_t key;  // of the random bits
+  int threads;
+};
+
 struct RandomRead {
   const void* table;
   int64_t row_bytes;
@@ -125,11 +165,14 @@ struct Kernels {
   void (*expert_mlp_forward)(const ExpertMlpForward&);
   void (*expert_mlp_backward)(const ExpertMlpBackward&);
   void (*expert_mlp_table_grad)(const ExpertMlpTableGrad&);
+  void (*expert_mlp_sort)(ExpertMlpSort&);
+  void (*expert_mlp_touched_grad)(const ExpertMlpTouchedGrad&);
   void (*product_key_topk)(const RetrievalForward&);
   void (*product_key_topk_backward)(const RetrievalBackward&);
   void (*batch_norm)(const BatchNorm&);
   void (*batch_norm_backward)(const BatchNorm&);
   void (*layer_inference)(const LayerInference&);
+  void (*rowwise_adamw)(const RowwiseAdamW&);
   void (*random_read)(RandomRead&);
 };
 

@@ -139,6 +139,32 @@ NB_MODULE(_kernels, m) {
       },
       unlocked());
   m.def(
+      "expert_mlp_sort",
+      [](int dtype_sum, int dtype_experts, int activation, int64_t T, int64_t K, int64_t N, int64_t R, int64_t D,
+         Address indices, Address gates, Address experts, int64_t pre_stride, int64_t block_experts, int threads,
+         Address weights, Address sorted, Address starts) {
+        ExpertMlpSort a;
+        static_cast<ExpertMlp&>(a) = expert_mlp(dtype_sum, dtype_experts, activation, T, K, N, R, D, indices, gates,
+                                                experts, pre_stride, block_experts, threads);
+        a.weights = at(weights), a.sorted = at(sorted), a.starts = at<int64_t>(starts);
+        kernels().expert_mlp_sort(a);
+        return a.touched;
+      },
+      unlocked());
+  m.def(
+      "expert_mlp_touched_grad",
+      [](int dtype_sum, int dtype_experts, int activation, int64_t T, int64_t K, int64_t N, int64_t R, int64_t D,
+         Address indices, Address gates, Address experts, int64_t pre_stride, int64_t block_experts, int threads,
+         Address x, Address grad_y, Address sorted, Address starts, int64_t touched, Address rows, Address values) {
+        ExpertMlpTouchedGrad a;
+        static_cast<ExpertMlp&>(a) = expert_mlp(dtype_sum, dtype_experts, activation, T, K, N, R, D, indices, gates,
+                                                experts, pre_stride, block_experts, threads);
+        a.x = at(x), a.grad_y = at(grad_y), a.sorted = at(sorted), a.starts = at<int64_t>(starts);
+        a.touched = touched, a.rows = at<int64_t>(rows), a.values = at(values);
+        kernels().expert_mlp_touched_grad(a);
+      },
+      unlocked());
+  m.def(
       "product_key_topk",
       [](int dtype_sum, int64_t T, int64_t H, int64_t d, int64_t n1, int64_t n2, int64_t k, int64_t codebooks,
          Address query, Address keys1, Address keys2, int threads, Address scores, Address indices) {
@@ -196,6 +222,19 @@ NB_MODULE(_kernels, m) {
                                Score(score), Activation(activation), DType(dtype_experts), at(experts), at<float>(y),
                                threads};
         kernels().layer_inference(a);
+      },
+      unlocked());
+  m.def(
+      "rowwise_adamw",
+      [](int dtype_sum, int dtype_table, int dtype_momentum, int dtype_values, int64_t N, int64_t R, int64_t D,
+         int64_t n, Address table, Address exp_avg, Address exp_avg_sq, Address last_step, Address history,
+         int64_t step, Address rows, Address values, Address places, Address starts, double lr, double beta1,
+         double beta2, double eps, double weight_decay, bool by_row, bool stochastic, uint64_t key, int threads) {
+        const RowwiseAdamW a{DType(dtype_sum), DType(dtype_table), DType(dtype_momentum), DType(dtype_values), N, R, D,
+                             n, at(table), at(exp_avg), at(exp_avg_sq), at<int32_t>(last_step), at<double>(history),
+                             step, at<int64_t>(rows), at(values), at<int64_t>(places), at<int64_t>(starts), lr, beta1,
+                             beta2, eps, weight_decay, by_row, stochastic, key, threads};
+        kernels().rowwise_adamw(a);
       },
       unlocked());
   m.def(

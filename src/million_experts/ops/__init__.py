@@ -67,6 +67,7 @@ def expert_mlp(
     backend: str = "auto",
     *,
     mask: Bool[Tensor, " T"] | None = None,
+    sparse_grad: bool = False,
 ) -> Float[Tensor, "T D"]:
     """The gated sum of K single-neuron experts for each token (PEER, arXiv 2407.04153, Eq. 2, Algorithm 1).
 
@@ -85,6 +86,9 @@ def expert_mlp(
         backend: one of "auto", "reference", "cpu", "triton".
         mask: [T], True where the token is real. Other tokens give zeros, get zero gradient and touch no
             expert, whatever they hold.
+        sparse_grad: the gradient of `experts` is a sparse COO tensor with one sparse dimension, ascending
+            indices of the experts that were touched [n] and their values [n, R, D], in place of a dense one.
+            `torch.compile` breaks the graph around the operation then: its graphs have no sparse tensors.
 
     Returns:
         y [T, D] in x's dtype. The dtypes of x, gates and experts may differ; sums are taken in float32
@@ -99,10 +103,16 @@ def expert_mlp(
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         low = torch.get_autocast_dtype(x.device.type)
         x, gates = (t if t.dtype == torch.float64 else t.to(low) for t in (x, gates))
-    y, _ = torch.ops.million_experts.expert_mlp(
-        x, indices, gates, experts, mask, activation, resolve_backend(backend, x.device.type)
+    run = _sparse_grad_mlp if sparse_grad else torch.ops.million_experts.expert_mlp
+    y, _ = run(
+        x, indices, gates, experts, mask, activation, resolve_backend(backend, x.device.type), sparse_grad
     )
     return y
+
+
+@torch.compiler.disable(reason="graphs have no sparse tensors")
+def _sparse_grad_mlp(*arguments):
+    return torch.ops.million_experts.expert_mlp(*arguments)
 
 
 def masked_batch_norm(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from million_experts.ops import _kernels
 from million_experts.ops.checks import check_range
-from million_experts.ops.reference import ACTIVATIONS, accumulation_dtype
+from million_experts.ops.reference import ACTIVATIONS, Visit, accumulation_dtype
 
 DEVICES = ("cpu",)
 
@@ -157,11 +157,12 @@ def _is_anonymous(address: int) -> bool:
     return False
 
 
-def _large_empty(like: Tensor) -> Tensor:
+def _large_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor; a large one on huge pages, in memory that was used before if there is any."""
-    if like.nbytes < KEPT_BYTES:
-        return torch.empty(like.shape, dtype=like.dtype)
-    return _kernels.buffer(like.nbytes).view(like.dtype).view(like.shape)
+    bytes_ = math.prod(shape) * dtype.itemsize
+    if bytes_ < KEPT_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return _kernels.buffer(bytes_).view(dtype).view(shape)
 
 
 def _sum_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -258,6 +259,23 @@ def backward_tokens(tokens: int, experts_per_token: int, num_experts: int, round
     return min(max(256, math.ceil(32 * num_experts / K)), max(1, (MOST_PAIRS - 1) // K))
 
 
+def _towards_tokens(
+    arguments: tuple[int, ...],
+    grad_y: Tensor,
+    pre: Tensor,
+    grad_x: Tensor | None,
+    grad_gates: Tensor | None,
+    weights: Tensor | None,
+) -> None:
+    """Gradients of tokens and gates, and what the table's gradient sums tokens with; None: not wanted."""
+    _kernels.expert_mlp_backward(
+        *arguments,
+        grad_y.data_ptr(),
+        pre.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (grad_x, grad_gates, weights)),
+    )
+
+
 def expert_mlp_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -278,26 +296,23 @@ def expert_mlp_backward(
     (T, K), (N, R, _) = indices.shape, experts.shape
     grad_x = torch.empty(x.shape if needs_x else 0, dtype=dtype)
     grad_gates = torch.empty(gates.shape if needs_gates else 0, dtype=dtype)
-    grad_experts = _large_empty(experts) if needs_experts else experts.new_empty(0)
+    grad_experts = _large_empty(experts.shape, experts.dtype) if needs_experts else experts.new_empty(0)
     x = _sum_tensor(x, dtype) if needs_experts else x
     step = backward_tokens(T, K, N, experts.dtype != dtype)
-    weights = torch.empty((min(step, T), K, R) if needs_experts else 0, dtype=dtype)
-
-    def address(tensor: Tensor, part: slice, needed: bool) -> int:
-        return tensor[part].data_ptr() if needed else 0
+    weights = torch.empty(min(step, T), K, R, dtype=dtype) if needs_experts else None
 
     for start in range(0, max(T, 1), step):  # once without tokens too: the gradient is zero then
         part = slice(start, start + step)
         arguments = _expert_arguments(indices[part], gates[part], experts, dtype, activation, T * K)
-        _kernels.expert_mlp_backward(
-            *arguments,
-            grad_y[part].data_ptr(),
-            pre[:, part].data_ptr(),
-            address(grad_x, part, needs_x),
-            address(grad_gates, part, needs_gates),
-            address(weights, slice(None), needs_experts),
+        _towards_tokens(
+            arguments,
+            grad_y[part],
+            pre[:, part],
+            grad_x[part] if needs_x else None,
+            grad_gates[part] if needs_gates else None,
+            weights,
         )
-        if needs_experts:
+        if weights is not None:
             _kernels.expert_mlp_table_grad(
                 *arguments,
                 x[part].data_ptr(),
@@ -307,6 +322,58 @@ def expert_mlp_backward(
                 start > 0,
             )
     return grad_x.to(x_dtype), grad_gates.to(gates_dtype), grad_experts
+
+
+# Gradients that are used up as they come: about so many bytes at a time stay in the shared cache.
+VISIT_BYTES = 8 * 2**20
+
+
+def expert_mlp_backward_touched(
+    grad_y: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    experts: Tensor,
+    pre: Tensor,
+    activation: str,
+    needs_x: bool,
+    needs_gates: bool,
+    visit: Visit | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.expert_mlp_backward_touched`."""
+    dtype = pre.dtype
+    x_dtype, gates_dtype = x.dtype, gates.dtype
+    grad_y, x, gates, pre = (_sum_tensor(t, dtype) for t in (grad_y, x, gates, pre))
+    indices, experts = indices.contiguous(), experts.contiguous()
+    (T, K), (N, R, D) = indices.shape, experts.shape
+    grad_x = torch.empty(x.shape if needs_x else 0, dtype=dtype)
+    grad_gates = torch.empty(gates.shape if needs_gates else 0, dtype=dtype)
+    weights = torch.empty(T, K, R, dtype=dtype)
+    arguments = _expert_arguments(indices, gates, experts, dtype, activation, T * K)
+    _towards_tokens(
+        arguments, grad_y, pre, grad_x if needs_x else None, grad_gates if needs_gates else None, weights
+    )
+    # A sorted pair is two 32-bit numbers and its R weights.
+    sorted_pairs = torch.empty(T * K * (8 + R * dtype.itemsize), dtype=torch.uint8)
+    starts = torch.empty(min(N, T * K) + 1, dtype=torch.int64)
+    touched = _kernels.expert_mlp_sort(
+        *arguments, weights.data_ptr(), sorted_pairs.data_ptr(), starts.data_ptr()
+    )
+    del weights
+    most = touched if visit is None else max(1, VISIT_BYTES // (R * D * experts.element_size()))
+    size = min(most, touched)
+    rows, values = torch.empty(size, dtype=torch.int64), _large_empty((size, R, D), experts.dtype)
+    for first in range(0, touched, max(1, most)):
+        count = min(most, touched - first)
+        _kernels.expert_mlp_touched_grad(
+            *arguments, x.data_ptr(), grad_y.data_ptr(), sorted_pairs.data_ptr(), starts[first:].data_ptr(),
+            count, rows.data_ptr(), values.data_ptr(),
+        )  # fmt: skip
+        if visit is not None:
+            visit(rows[:count], values[:count])
+    if visit is not None:
+        rows, values = rows[:0], values[:0]
+    return grad_x.to(x_dtype), grad_gates.to(gates_dtype), rows, values
 
 
 def _mask_address(mask: Tensor | None) -> int:
@@ -384,6 +451,45 @@ def layer_inference(
         _DTYPES[experts.dtype], experts.data_ptr(), y.data_ptr(), threads(),
     )  # fmt: skip
     return y
+
+
+def rowwise_adamw(
+    table: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    last_step: Tensor,
+    history: Tensor,
+    step: int,
+    rows: Tensor | None,
+    values: Tensor | None,
+    places: Tensor | None,
+    starts: Tensor | None,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    key: int | None,
+) -> None:
+    """See `reference_rowwise.rowwise_adamw`; the tensors that it changes must be contiguous."""
+    changed = (table, exp_avg, exp_avg_sq, last_step, history)
+    assert all(t.is_contiguous() for t in changed), "tensors that are changed in place must be contiguous"
+    if values is not None and values.dtype not in (table.dtype, exp_avg_sq.dtype):
+        values = values.to(exp_avg_sq.dtype)
+    rows, values, places, starts = (
+        t if t is None else t.contiguous() for t in (rows, values, places, starts)
+    )
+    _place_on_huge_pages(table)
+    dtypes = (exp_avg_sq.dtype, table.dtype, exp_avg.dtype, (exp_avg_sq if values is None else values).dtype)
+    _kernels.rowwise_adamw(
+        *(_DTYPES[dtype] for dtype in dtypes), *table.shape, 0 if rows is None else len(rows),
+        table.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), last_step.data_ptr(), history.data_ptr(),
+        step, _address(rows), _address(values), _address(places), _address(starts), lr, *betas, eps,
+        weight_decay, exp_avg_sq.dim() == 2, key is not None, key or 0, threads(),
+    )  # fmt: skip
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def random_row_read(table: Tensor, rows: Tensor) -> int:

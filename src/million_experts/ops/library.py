@@ -6,8 +6,11 @@ Forward and backward are separate functional operations, so `torch.compile`, `to
 opaque calls with known shapes. `backend` is a resolved name (never "auto"). Shapes as in `reference`.
 """
 
+from collections.abc import Callable, MutableMapping
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from million_experts.ops.backends import implementation
 from million_experts.ops.checks import (
@@ -17,9 +20,12 @@ from million_experts.ops.checks import (
     check_range,
     check_shape,
 )
-from million_experts.ops.reference import accumulation_dtype, spread
+from million_experts.ops.reference import Visit, accumulation_dtype, spread
 
 LIBRARY = torch.library.Library("million_experts", "DEF")
+
+#: Tables that are updated while their gradient comes, and what begins such an update: it returns the visitor.
+STEPS_IN_BACKWARD: MutableMapping[Tensor, Callable[[], Visit]] = WeakIdKeyDictionary()
 
 
 def define(name: str, schema: str, kernel, fake) -> None:
@@ -128,6 +134,7 @@ def _mlp(
     mask: Tensor | None,
     activation: str,
     backend: str,
+    sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     check_experts(x, indices, gates, experts, mask, activation)
     _check_pool(indices, mask, len(experts))
@@ -140,9 +147,17 @@ def _mlp(
     return spread(y, mask), all_pre
 
 
-def _mlp_fake(x, indices, gates, experts, mask, activation, backend):
+def _mlp_fake(x, indices, gates, experts, mask, activation, backend, sparse_grad=False):
     pre = x.new_empty(experts.shape[1] - 1, *indices.shape, dtype=accumulation_dtype(x, gates, experts))
     return x.new_empty(x.shape), pre
+
+
+def _check_backward(grad_y, x, indices, gates, experts, pre, mask, activation) -> None:
+    check_experts(x, indices, gates, experts, mask, activation)
+    check_floating(grad_y=grad_y, pre=pre)
+    check_shape("grad_y", grad_y, x.shape)
+    check_shape("pre", pre, (experts.shape[1] - 1, *indices.shape))
+    _check_pool(indices, mask, len(experts))
 
 
 def _mlp_backward(
@@ -157,11 +172,7 @@ def _mlp_backward(
     needs: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_experts(x, indices, gates, experts, mask, activation)
-    check_floating(grad_y=grad_y, pre=pre)
-    check_shape("grad_y", grad_y, x.shape)
-    check_shape("pre", pre, (experts.shape[1] - 1, *indices.shape))
-    _check_pool(indices, mask, len(experts))
+    _check_backward(grad_y, x, indices, gates, experts, pre, mask, activation)
     run = implementation(backend).expert_mlp_backward
     if mask is None:
         return run(grad_y, x, indices, gates, experts, pre, activation, *needs)
@@ -183,8 +194,8 @@ def _mlp_backward_fake(grad_y, x, indices, gates, experts, pre, mask, activation
 
 define(
     "expert_mlp",
-    "(Tensor x, Tensor indices, Tensor gates, Tensor experts, Tensor? mask, str activation, str backend)"
-    " -> (Tensor y, Tensor pre)",
+    "(Tensor x, Tensor indices, Tensor gates, Tensor experts, Tensor? mask, str activation, str backend,"
+    " bool sparse_grad=False) -> (Tensor y, Tensor pre)",
     _mlp,
     _mlp_fake,
 )
@@ -198,8 +209,52 @@ define(
 )
 
 
+def _mlp_backward_touched(
+    grad_y: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    experts: Tensor,
+    pre: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    needs: list[bool],
+    backend: str,
+    visit: Visit | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_backward(grad_y, x, indices, gates, experts, pre, mask, activation)
+    run = implementation(backend).expert_mlp_backward_touched
+    if mask is None:
+        return run(grad_y, x, indices, gates, experts, pre, activation, *needs, visit)
+    grad_x, grad_gates, rows, values = run(
+        grad_y[mask], x[mask], indices[mask], gates[mask], experts, pre[:, mask], activation, *needs, visit
+    )
+    if needs[0]:
+        grad_x = spread(grad_x, mask)
+    if needs[1]:
+        grad_gates = spread(grad_gates, mask)
+    return grad_x, grad_gates, rows, values
+
+
+def _mlp_backward_touched_fake(grad_y, x, indices, gates, experts, pre, mask, activation, needs, backend):
+    grads = [t.new_empty(t.shape if needed else 0) for t, needed in zip((x, gates), needs, strict=True)]
+    touched = torch.library.get_ctx().new_dynamic_size()
+    rows = indices.new_empty(touched)
+    return *grads, rows, experts.new_empty(touched, *experts.shape[1:])
+
+
+define(
+    "expert_mlp_touched_backward",
+    "(Tensor grad_y, Tensor x, Tensor indices, Tensor gates, Tensor experts, Tensor pre, Tensor? mask,"
+    " str activation, bool[] needs, str backend)"
+    " -> (Tensor grad_x, Tensor grad_gates, Tensor rows, Tensor values)",
+    _mlp_backward_touched,
+    _mlp_backward_touched_fake,
+)
+
+
 def _mlp_setup(ctx, inputs, output) -> None:
-    x, indices, gates, experts, mask, ctx.activation, ctx.backend = inputs
+    x, indices, gates, experts, mask, ctx.activation, ctx.backend, ctx.sparse_grad = inputs
     ctx.save_for_backward(x, indices, gates, experts, output[1], mask)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -207,16 +262,32 @@ def _mlp_setup(ctx, inputs, output) -> None:
 
 def _mlp_autograd(ctx, grad_y, grad_pre):
     if grad_y is None:
-        return (None,) * 7
+        return (None,) * 8
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-    grads = torch.ops.million_experts.expert_mlp_backward(
-        grad_y, *ctx.saved_tensors, ctx.activation, needs, ctx.backend
-    )
-    grad_x, grad_gates, grad_experts = (g if needed else None for g, needed in zip(grads, needs, strict=True))
-    return grad_x, None, grad_gates, grad_experts, None, None, None
+    ops, arguments = torch.ops.million_experts, (grad_y, *ctx.saved_tensors, ctx.activation)
+    x, indices, gates, experts, pre, mask = ctx.saved_tensors
+    step = STEPS_IN_BACKWARD.get(experts) if ctx.sparse_grad and needs[2] else None
+    if step is not None:
+        grad_x, grad_gates, _, _ = _mlp_backward_touched(
+            grad_y, x, indices, gates, experts, pre, mask, ctx.activation, needs[:2], ctx.backend, step()
+        )
+        grad_experts = None
+    elif ctx.sparse_grad and needs[2]:
+        grad_x, grad_gates, rows, values = ops.expert_mlp_touched_backward(*arguments, needs[:2], ctx.backend)
+        # Rows ascend strictly. Nothing is checked again: that would read every index once more.
+        grad_experts = torch.sparse_coo_tensor(
+            rows[None], values, experts.shape, check_invariants=False, is_coalesced=True
+        )
+    else:
+        grad_x, grad_gates, grad_experts = ops.expert_mlp_backward(*arguments, needs, ctx.backend)
+    grads = (grad_x, None, grad_gates, grad_experts)
+    return *(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad, strict=False)), *(
+        None,
+    ) * 4
 
 
 torch.library.register_autograd(
     "million_experts::expert_mlp", _mlp_autograd, setup_context=_mlp_setup, lib=LIBRARY
 )
 refuse_double_backward("expert_mlp")
+refuse_double_backward("expert_mlp_touched")

@@ -9,11 +9,16 @@ a tensor [T, K, D].
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from million_experts.ops.reference_rowwise import rowwise_adamw as rowwise_adamw
+
+# What takes rows [n] of a table and their gradients [n, R, D].
+Visit = Callable[[Tensor, Tensor], None]
 
 # Upper bound on the scratch memory that does not grow with the inputs or outputs.
 SCRATCH_BYTES = 64 * 2**20
@@ -255,6 +260,33 @@ def expert_mlp_backward(
             weights_P.flatten(), sources, tokens_P.flatten(), rows_P.flatten(), N * R, experts.dtype
         ).view(N, R, D)
     return grad_x, grad_gates, grad_experts
+
+
+def expert_mlp_backward_touched(
+    grad_y: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    experts: Tensor,
+    pre: Tensor,
+    activation: str,
+    needs_x: bool,
+    needs_gates: bool,
+    visit: Visit | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and gates as above, and of the experts that were touched: rows [n] and values [n, R, D].
+
+    With `visit` the latter are handed to it, some rows at a time and in ascending order, when nothing else
+    needs the experts any more, and are empty in what is returned.
+    """
+    rows, own = indices.unique(return_inverse=True)  # sorted
+    grad_x, grad_gates, values = expert_mlp_backward(
+        grad_y, x, own, gates, experts[rows], pre, activation, needs_x, needs_gates, True
+    )
+    if visit is not None:
+        visit(rows, values)
+        rows, values = rows[:0], values[:0]
+    return grad_x, grad_gates, rows, values
 
 
 def masked_batch_norm(
