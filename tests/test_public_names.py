@@ -12,6 +12,7 @@ import million_experts
 import million_experts.layers
 import million_experts.models
 import million_experts.ops
+import million_experts.optim
 
 NAMES = {
     million_experts: {"PEER", "ExpertUsage", "Routing", "__version__"},
@@ -33,6 +34,7 @@ NAMES = {
         "Routing",
         "UsageFigures",
     },
+    million_experts.optim: {"RowwiseAdamW", "parameter_groups"},
     million_experts.models: {
         "FEED_FORWARDS",
         "FeedForwardKind",
