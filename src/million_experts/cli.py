@@ -302,6 +302,8 @@ def info(
     from million_experts.ops import available_backends, resolve_backend
 
     table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")  # paths are longer than lines
     table.add_row("million-experts", million_experts.__version__)
     table.add_row("python", platform.python_version())
     table.add_row("torch", torch.__version__)
@@ -317,8 +319,9 @@ def info(
     if available_backends()["cpu"] is None:
         from million_experts.ops import cpu
 
-        table.add_row("cpu kernels", f"{cpu.instruction_set()}, of {', '.join(cpu.instruction_sets())}")
-        table.add_row("cpu threads", cpu.OPENMP or "one: torch brought no OpenMP runtime")
+        others = ", ".join(cpu.instruction_sets()[:-1])
+        table.add_row("cpu kernels", cpu.instruction_set() + (f" (also runs: {others})" if others else ""))
+        table.add_row("OpenMP runtime", cpu.OPENMP or "none from torch: kernels run on one thread")
         table.add_row("huge pages", cpu.huge_pages())
     console.print(table)
     if model is not None:

@@ -149,7 +149,7 @@ def test_the_experts_of_a_bfloat16_table_agree_with_the_reference():
 
 def test_cases_are_named_once_and_selected_by_name_and_group():
     assert len({case.name for case in CASES}) == len(CASES)
-    assert [case.name for case in select_cases("P5, P1")] == ["P1", "P5", "P5 warm"]
+    assert [case.name for case in select_cases("P5, P1")] == ["P1", "P5", "P5 turns"]
     assert [case.name for case in select_cases("T")] == ["T=1", "T=16", "T=128", "T=512", "T=8192"]
     assert select_cases(None) == CASES
     assert {case.name for case in select_cases(None, quick=True)} == {c.name for c in CASES if c.targets}

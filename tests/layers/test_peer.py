@@ -478,7 +478,6 @@ def test_a_deep_copy_is_independent(make_layer):
         ({"backend": "cuda"}, r"backend must be one of .*, got 'cuda'"),
         ({"init_std": 0}, r"init_std must be positive, got 0"),
         ({"init_std": float("nan")}, r"init_std must be positive, got nan"),
-        ({"sparse_grad": True}, r"sparse_grad=True is not available in this release; use sparse_grad=False"),
     ],
 )
 def test_arguments_outside_what_is_allowed_are_named(arguments, message):

@@ -20,7 +20,7 @@ from million_experts.lm.settings import (
 from million_experts.lm.training import model_config
 from million_experts.models import PeerForCausalLM
 
-PRESETS = ["demo", "ostix360-test1", "ostix360-test2", "paper-middle"]
+PRESETS = ["demo", "million", "ostix360-test1", "ostix360-test2", "paper-middle"]
 
 
 def test_presets_are_those_that_are_documented():
@@ -34,6 +34,7 @@ def test_presets_are_those_that_are_documented():
         ("ostix360-test1", 1296, 6, ["peer"] * 6),
         ("ostix360-test2", 900, 6, ["peer"] * 6),
         ("paper-middle", 1024**2, 1, ["dense"] * 4 + ["peer"] + ["dense"] * 3),
+        ("million", 1024**2, 1, ["dense"] * 3 + ["peer"] + ["dense"] * 2),
     ],
 )
 def test_presets_describe_models_that_can_be_built(name, experts, layers, kinds):

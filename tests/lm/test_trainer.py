@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+from million_experts import PEER
 from million_experts.lm.trainer import (
     CheckpointError,
     LanguageModelTrainer,
@@ -20,6 +21,7 @@ from million_experts.lm.trainer import (
     list_checkpoints,
 )
 from million_experts.models import PeerConfig, PeerForCausalLM
+from million_experts.optim import RowwiseAdamW, parameter_groups
 
 VOCAB = 40
 
@@ -38,7 +40,7 @@ def make_model(layers=2, hidden_size=16, peer=None, **settings):
     )
 
 
-def make_trainer(run, model=None, steps=6, **arguments):
+def make_trainer(run, model=None, steps=6, optimizer=None, **arguments):
     rows = torch.randint(0, VOCAB, (64, 8), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": row, "labels": row.clone()} for row in rows]
     return LanguageModelTrainer(
@@ -62,6 +64,7 @@ def make_trainer(run, model=None, steps=6, **arguments):
         train_dataset=data,
         eval_dataset=data,
         data_collator=default_data_collator,
+        optimizers=(optimizer, None),
     )
 
 
@@ -333,3 +336,72 @@ def test_untied_and_tied_checkpoints_are_whole(tmp_path):
 def test_the_state_says_which_step_it_is_of(trained):
     for step, folder in list_checkpoints(trained):
         assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == step
+
+
+# Sparse gradients of the expert tables.
+
+
+def make_sparse_trainer(run, sparse_grad=True, num_experts=64, **arguments):
+    model = make_model(peer={"sparse_grad": sparse_grad, "query_norm": "layer", "num_experts": num_experts})
+    groups = parameter_groups(model, 1e-2, table_weight_decay=0.1)
+    return make_trainer(
+        run,
+        model,
+        optimizer=RowwiseAdamW(groups),
+        gradient_accumulation_steps=2,
+        lr_scheduler_type="constant",
+        **arguments,
+    )
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.05, 0.0])
+def test_sparse_gradients_count_in_the_norm_and_are_clipped(tmp_path, max_grad_norm):
+    sparse, dense = (
+        make_sparse_trainer(tmp_path / str(kind), kind, steps=2, max_grad_norm=max_grad_norm)
+        for kind in (True, False)
+    )
+    for trainer in (sparse, dense):
+        trainer.train()
+    # Every expert of the small pool is touched in the first step, so the second differs by nothing either.
+    assert logged(sparse, "grad_norm") == pytest.approx(logged(dense, "grad_norm"), rel=1e-4)
+    assert logged(sparse, "loss") == pytest.approx(logged(dense, "loss"), rel=1e-5)
+    tables = [module.experts for module in sparse.model.modules() if isinstance(module, PEER)]
+    assert tables
+    assert all("last_step" in sparse.optimizer.state[table] for table in tables)
+
+
+def test_rows_are_up_to_date_before_weights_are_evaluated_or_saved(tmp_path, monkeypatch):
+    trainer = make_sparse_trainer(tmp_path, steps=2, eval_strategy="steps", eval_steps=2, num_experts=4096)
+    behind = []
+
+    def evaluate(self, *arguments, **options):
+        behind.append(any(bool((s["last_step"] < s["step"]).any()) for s in tables(self)))
+        return {"eval_loss": 1.0}
+
+    def save(self, *arguments):
+        behind.append(any(bool((s["last_step"] < s["step"]).any()) for s in tables(self)))
+
+    def tables(self):
+        return [s for s in self.optimizer.state.values() if "last_step" in s]
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", save)
+    trainer.train()
+    assert len(behind) >= 2
+    assert not any(behind)
+
+
+def test_resuming_with_sparse_gradients_goes_the_same_way(tmp_path):
+    whole = make_sparse_trainer(tmp_path / "whole")
+    whole.train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-6")
+    resumed = make_sparse_trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-4"))
+    assert logged(resumed, "loss")[-2:] == logged(whole, "loss")[-2:]
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)

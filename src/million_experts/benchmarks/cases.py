@@ -205,8 +205,8 @@ TARGET_CASES = (
         cold=True,
     ),
     Case(
-        "P5 warm",
-        "the same again and again, with what it needs in the caches",
+        "P5 turns",
+        "the same with caches as the competitor before has left them",
         layers(1, 256, MILLION, 16, 128, dense_width=1024, moe_width=256),
         ("forward",),
         group="P5",

@@ -25,7 +25,9 @@ def bench(
     cases: Annotated[
         str | None,
         typer.Option(
-            help="Cases by name, separated by commas, such as P1,P2; by default all.", show_default=False
+            help="Cases by name, separated by commas: P1, P1g, P2, P2s, P3 ... P7 have targets, N, T, k and "
+            "D are sweeps over the pool, the tokens, the experts a head and the width. By default all.",
+            show_default=False,
         ),
     ] = None,
     quick: Annotated[

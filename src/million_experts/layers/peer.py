@@ -76,7 +76,10 @@ class PEER(ProductKeyRetrieval):
         share_keys: True for the paper's one pair of codebooks, False for a pair a head.
         score: "softmax" over each head's k, "sigmoid" or "relu" of each score.
         init_std: standard deviation of the output at step 0, for unit-variance input in training mode.
-        sparse_grad: not available yet; must be False.
+        sparse_grad: the table's gradient comes as a sparse COO tensor of the experts that were touched, for
+            `million_experts.optim.RowwiseAdamW` or `torch.optim.SparseAdam`: then neither time nor memory of
+            a step grows with the pool. PyTorch's other optimisers and its `clip_grad_norm_` refuse such
+            gradients.
         backend: "auto", "reference", "cpu" or "triton".
 
     Raises:
@@ -106,8 +109,6 @@ class PEER(ProductKeyRetrieval):
         check_choice("activation", activation, ACTIVATIONS)
         if not init_std > 0:
             raise ValueError(f"init_std must be positive, got {init_std}")
-        if sparse_grad:
-            raise ValueError("sparse_grad=True is not available in this release; use sparse_grad=False")
         self.glu, self.activation, self.init_std, self.sparse_grad = glu, activation, init_std, sparse_grad
         self.experts = nn.Parameter(torch.empty(self.num_experts, 3 if glu else 2, dim))
         if not self.experts.is_meta:
@@ -196,6 +197,7 @@ class PEER(ProductKeyRetrieval):
             self.activation,
             self.backend,
             mask=mask,
+            sparse_grad=self.sparse_grad,
         ).view(*lead, self.dim)
         if not return_routing:
             return y

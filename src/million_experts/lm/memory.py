@@ -18,9 +18,11 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 def expected_peak(config: PeerConfig, settings: TrainSettings) -> int:
     """Bytes that training will take at its peak: the process, the model's state and a step's activations.
 
-    Weights, gradients and AdamW's moments are counted exactly. Of the activations the logits dominate, kept
-    in the working precision and twice more in float32 for the loss and its gradient; a block keeps about 20
-    numbers a token and unit of width, and a PEER layer about 16 numbers a chosen expert, indices included.
+    Weights, gradients and AdamW's moments are counted exactly; a sparse gradient as if every pick were of
+    another expert, once for each micro-batch and once more for their sum. Of the activations the logits
+    dominate, kept in the working precision and twice more in float32 for the loss and its gradient; a block
+    keeps about 20 numbers a token and unit of width, and a PEER layer about 16 numbers a chosen expert,
+    indices included.
 
     Measured on a CPU, the estimate was 1.0 to 1.4 times the peak resident memory of 0.5 to 2.9 GB: the demo
     with batches of 4 and 16 in float32 and bfloat16, with 262,144 experts, and `ostix360-test1` with batches
@@ -38,7 +40,14 @@ def expected_peak(config: PeerConfig, settings: TrainSettings) -> int:
         peer *= 1 if settings.gradient_checkpointing else layers
         # Gate mass by head and expert in float64: the callback's, and that of the final measurement.
         peer += layers * 2 * config.peer["num_heads"] * math.prod(factorise(config.peer["num_experts"])) * 8
-    return PROCESS_BYTES + memory_estimate(config).training + logits + activations + peer
+    memory = memory_estimate(config)
+    state = memory.training
+    if config.peer is not None and config.peer.get("sparse_grad"):
+        picks = tokens * config.peer["num_heads"] * config.peer["experts_per_head"] * layers
+        copies = 2 * settings.gradient_accumulation_steps if settings.gradient_accumulation_steps > 1 else 1
+        expert = (3 if config.peer.get("glu") else 2) * config.hidden_size * 4
+        state += copies * min(picks * expert, memory.table_gradients) - memory.table_gradients
+    return PROCESS_BYTES + state + logits + activations + peer
 
 
 def available_memory() -> int:

@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from million_experts.optim import RowwiseAdamW, clip_grad_norm_
+
 _PARTIAL = ".partial-checkpoint"
 # What a configuration says beside what the model computes: how it was stored, and what it runs on or returns.
 _NO_MEANING = {
@@ -41,7 +43,8 @@ class LanguageModelTrainer(Trainer):
 
     A checkpoint is written to a temporary folder, synced and renamed, so that a folder `checkpoint-N` is
     whole whenever the process dies; the one before it stays until then. A loss or a gradient that is not
-    finite ends the training before it reaches the weights.
+    finite ends the training before it reaches the weights. Sparse gradients are clipped with the others, and
+    the rows that they left behind are brought up to date before weights are evaluated or saved.
     """
 
     _writing_to: str | None = None
@@ -49,7 +52,18 @@ class LanguageModelTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return self._writing_to or super()._get_output_dir(trial)
 
+    def flush(self) -> None:
+        """Brings every row of every table up to date, where the optimiser is one that lets rows wait."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        if isinstance(optimizer, RowwiseAdamW):
+            optimizer.flush()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.flush()
+        return super().evaluate(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.flush()
         run = Path(super()._get_output_dir(trial))
         partial = run / _PARTIAL
         if self.args.should_save:
@@ -83,7 +97,14 @@ class LanguageModelTrainer(Trainer):
             raise self._diverged("loss", loss)
         return loss
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if _has_sparse_gradients(model):  # transformers and torch refuse them
+            return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and _has_sparse_gradients(model):
+            grad_norm = clip_grad_norm_(model.parameters(), math.inf)
         norm = super()._get_grad_norm(model, grad_norm)
         if not math.isfinite(norm):
             raise self._diverged("gradient's norm", norm)
@@ -122,6 +143,10 @@ class LanguageModelTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+
+def _has_sparse_gradients(model: nn.Module) -> bool:
+    return any(p.grad is not None and p.grad.is_sparse for p in model.parameters())
 
 
 def list_checkpoints(run: Path) -> list[tuple[int, Path]]:

@@ -30,7 +30,7 @@ from million_experts.lm.settings import SETTINGS_FILE, TABLE_RATE, TrainSettings
 from million_experts.lm.trainer import LanguageModelTrainer, check_checkpoint, list_checkpoints
 from million_experts.models import PeerConfig, PeerForCausalLM, count_parameters, memory_estimate
 from million_experts.models.feed_forwards import FEED_FORWARDS
-from million_experts.optim import parameter_groups
+from million_experts.optim import RowwiseAdamW, parameter_groups
 
 
 def train(settings: TrainSettings, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -100,6 +100,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
             f"the checkpoint is in {run}. Go on with: {_resume_command(run)}"
         )
     seconds = time.monotonic() - start
+    trainer.flush()
     trained = trainer.accelerator.unwrap_model(trainer.model)
     save_whole(trained.save_pretrained, run)
     with console.status("measuring on the test split"):
@@ -222,7 +223,11 @@ def _make_trainer(
         settings.table_weight_decay,
     )
     betas = (settings.adam_beta1, settings.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
+    optimizer: torch.optim.Optimizer
+    if settings.peer.get("sparse_grad"):
+        optimizer = RowwiseAdamW(groups, betas=betas, seed=settings.seed)
+    else:
+        optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=settings.steps,
