@@ -88,7 +88,7 @@ def test_make_targets_exist(command):
 
 
 def test_no_other_kind_of_command_is_shown():
-    known = ("million-experts ", "make ", 'pip install ".[train,data]"')
+    known = ("million-experts ", "make ", 'pip install -c constraints.txt ".[train,data]"')
     assert [c for c in commands() if not c.startswith(known)] == []
 
 
@@ -96,7 +96,9 @@ def test_the_extras_that_are_named_exist():
     project = (ROOT / "pyproject.toml").read_text()
     for page in PAGES:
         text = (ROOT / page).read_text()
-        for extras in re.findall(r"pip install \"(?:million-experts|\.)\[([\w,]+)\]", text):
+        for extras in re.findall(
+            r"pip install (?:-c constraints.txt )?\"(?:million-experts|\.)\[([\w,]+)\]", text
+        ):
             for extra in extras.split(","):
                 assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE), extra
 
@@ -104,8 +106,14 @@ def test_the_extras_that_are_named_exist():
 @pytest.mark.parametrize("page", [*PAGES, "docs/decisions.md", "CHANGELOG.md"])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
-        if not target.startswith("http"):
-            assert ((ROOT / page).parent / target).exists(), target
+        if target.startswith("http"):
+            continue
+        path, _, heading = target.partition("#")
+        linked = (ROOT / page).parent / path if path else ROOT / page
+        assert linked.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), flags=re.MULTILINE)
+            assert heading in [title.lower().replace(" ", "-") for title in titles], target
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)

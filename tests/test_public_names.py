@@ -34,7 +34,7 @@ NAMES = {
         "Routing",
         "UsageFigures",
     },
-    million_experts.optim: {"RowwiseAdamW", "parameter_groups"},
+    million_experts.optim: {"RowwiseAdamW", "clip_grad_norm_", "parameter_groups"},
     million_experts.models: {
         "FEED_FORWARDS",
         "FeedForwardKind",

@@ -6,6 +6,7 @@
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from million_experts._typing import Bool, Float, Int
 from million_experts.ops import library as _library  # noqa: F401  (registers torch.ops.million_experts)
@@ -110,7 +111,8 @@ def expert_mlp(
     return y
 
 
-@torch.compiler.disable(reason="graphs have no sparse tensors")
+# Graphs have no sparse tensors. `torch.compiler.disable` would import the compiler with this module.
+@_disable_dynamo
 def _sparse_grad_mlp(*arguments):
     return torch.ops.million_experts.expert_mlp(*arguments)
 

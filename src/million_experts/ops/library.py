@@ -264,13 +264,12 @@ def _mlp_autograd(ctx, grad_y, grad_pre):
     if grad_y is None:
         return (None,) * 8
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-    ops, arguments = torch.ops.million_experts, (grad_y, *ctx.saved_tensors, ctx.activation)
     x, indices, gates, experts, pre, mask = ctx.saved_tensors
+    ops = torch.ops.million_experts
+    arguments = (grad_y, x, indices, gates, experts, pre, mask, ctx.activation)
     step = STEPS_IN_BACKWARD.get(experts) if ctx.sparse_grad and needs[2] else None
     if step is not None:
-        grad_x, grad_gates, _, _ = _mlp_backward_touched(
-            grad_y, x, indices, gates, experts, pre, mask, ctx.activation, needs[:2], ctx.backend, step()
-        )
+        grad_x, grad_gates, _, _ = _mlp_backward_touched(*arguments, needs[:2], ctx.backend, step())
         grad_experts = None
     elif ctx.sparse_grad and needs[2]:
         grad_x, grad_gates, rows, values = ops.expert_mlp_touched_backward(*arguments, needs[:2], ctx.backend)
@@ -280,10 +279,8 @@ def _mlp_autograd(ctx, grad_y, grad_pre):
         )
     else:
         grad_x, grad_gates, grad_experts = ops.expert_mlp_backward(*arguments, needs, ctx.backend)
-    grads = (grad_x, None, grad_gates, grad_experts)
-    return *(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad, strict=False)), *(
-        None,
-    ) * 4
+    grads = (grad_x, None, grad_gates, grad_experts, *(None,) * 4)
+    return tuple(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad, strict=False))
 
 
 torch.library.register_autograd(
