@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from million_experts.ops import ACTIVATIONS, cpu
+from million_experts.optim import RowwiseAdamW
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # Widths around those of vectors: 1, then 4, 8, 16 and 32 numbers, one less and one more, and long ones.
@@ -70,6 +71,30 @@ def picks(T: int, K: int, N: int) -> Iterator[Tensor]:
     yield torch.full((T, K), N - 1)
 
 
+def visit(rows: Tensor, grads: Tensor) -> None:
+    assert len(rows) == len(grads)
+
+
+def row_updates() -> None:
+    tables = ((F32, None), (F32, BF16), (F64, None), (BF16, BF16), (F16, None))
+    for (N, R, D), (dtype, momentum) in itertools.product(((1, 2, 1), (9, 3, 17), (70, 2, 33)), tables):
+        for second_moment, stochastic in itertools.product(("element", "row"), (True, False)):
+            table = torch.nn.Parameter(values(N, R, D, dtype=dtype))
+            optimizer = RowwiseAdamW(
+                [table],
+                weight_decay=0.1,
+                second_moment=second_moment,
+                momentum_dtype=momentum,
+                stochastic_rounding=stochastic,
+            )
+            for rows in ([0], [N - 1, 0, N - 1], [], list(range(N))):
+                grads = values(len(rows), R, D, dtype=dtype, kind="nan" if rows == [0] else "normal")
+                index = torch.tensor([rows], dtype=torch.int64)
+                table.grad = torch.sparse_coo_tensor(index, grads, (N, R, D), check_invariants=False)
+                optimizer.step()
+            optimizer.flush()
+
+
 def experts() -> None:
     own_schedule = cpu.block_experts
     cases = [
@@ -91,6 +116,9 @@ def experts() -> None:
             _, pre = cpu.expert_mlp(x, indices, gates, table, activation)
             for flags in ((True, True, True), next(needed)):
                 cpu.expert_mlp_backward(grad_y, x, indices, gates, table, pre, activation, *flags)
+                cpu.expert_mlp_backward_touched(
+                    grad_y, x, indices, gates, table, pre, activation, *flags[:2], visit if flags[2] else None
+                )
     cpu.block_experts = own_schedule
 
 
@@ -138,7 +166,7 @@ def rows_and_buffers() -> None:
         cpu.random_row_read(values(rows, width, dtype=F32), torch.randint(rows, (100,)))
     for count in (cpu.KEPT_BYTES // 4, cpu.KEPT_BYTES // 4 + 1, cpu.HUGE_BYTES // 4 + 3):
         for _ in range(2):
-            buffer = cpu._large_empty(torch.empty(count))
+            buffer = cpu._large_empty((count,), torch.float32)
             buffer.fill_(1)
             cpu.advise_huge_pages(buffer)
             del buffer
@@ -151,7 +179,7 @@ def main() -> None:
         for threads in THREADS:
             torch.manual_seed(0)
             torch.set_num_threads(threads)
-            for kernels in (experts, retrieval, batch_norm, whole_layer, rows_and_buffers):
+            for kernels in (experts, row_updates, retrieval, batch_norm, whole_layer, rows_and_buffers):
                 start = time.monotonic()
                 kernels()
                 seconds = time.monotonic() - start
