@@ -203,8 +203,12 @@ def test_masked_tokens_count_for_nothing(
         assert_close(masked[MASK], expected.pop(name))
         assert torch.equal(masked[~MASK], torch.zeros_like(masked[~MASK]))
     assert result.keys() == expected.keys()
+    # With softmax, picks that share a sub-key cancel in its gradient, and all of it may be rounding: it is
+    # compared at the size of the largest gradient, as its terms have that size.
+    size = max(float(right.abs().max()) for right in expected.values() if right.numel())
     for name, right in expected.items():
-        assert_close(result[name], right, torch.float64)
+        offset = size if name.startswith("keys") else 0
+        assert_close(result[name] + offset, right + offset, torch.float64)
     routing = layer(x, mask=MASK, return_routing=True)[1]
     assert torch.equal(routing.indices[MASK], expected_routing.indices)
     assert_close(routing.gates[MASK], expected_routing.gates)
