@@ -6,6 +6,7 @@ Forward and backward are separate functional operations, so `torch.compile`, `to
 opaque calls with known shapes. `backend` is a resolved name (never "auto"). Shapes as in `reference`.
 """
 
+import functools
 from collections.abc import Callable, MutableMapping
 
 import torch
@@ -152,12 +153,25 @@ def _mlp_fake(x, indices, gates, experts, mask, activation, backend, sparse_grad
     return x.new_empty(x.shape), pre
 
 
-def _check_backward(grad_y, x, indices, gates, experts, pre, mask, activation) -> None:
+def _backward_of_real_tokens(
+    run, grad_y, x, indices, gates, experts, pre, mask, activation, needs
+) -> tuple[Tensor, ...]:
+    """What a backend's backward returns for the tokens that the mask leaves, with zeros for the others."""
     check_experts(x, indices, gates, experts, mask, activation)
     check_floating(grad_y=grad_y, pre=pre)
     check_shape("grad_y", grad_y, x.shape)
     check_shape("pre", pre, (experts.shape[1] - 1, *indices.shape))
     _check_pool(indices, mask, len(experts))
+    if mask is None:
+        return run(grad_y, x, indices, gates, experts, pre, activation, *needs)
+    grad_x, grad_gates, *of_experts = run(
+        grad_y[mask], x[mask], indices[mask], gates[mask], experts, pre[:, mask], activation, *needs
+    )
+    if needs[0]:
+        grad_x = spread(grad_x, mask)
+    if needs[1]:
+        grad_gates = spread(grad_gates, mask)
+    return grad_x, grad_gates, *of_experts
 
 
 def _mlp_backward(
@@ -171,19 +185,9 @@ def _mlp_backward(
     activation: str,
     needs: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(grad_y, x, indices, gates, experts, pre, mask, activation)
+) -> tuple[Tensor, ...]:
     run = implementation(backend).expert_mlp_backward
-    if mask is None:
-        return run(grad_y, x, indices, gates, experts, pre, activation, *needs)
-    grad_x, grad_gates, grad_experts = run(
-        grad_y[mask], x[mask], indices[mask], gates[mask], experts, pre[:, mask], activation, *needs
-    )
-    if needs[0]:
-        grad_x = spread(grad_x, mask)
-    if needs[1]:
-        grad_gates = spread(grad_gates, mask)
-    return grad_x, grad_gates, grad_experts
+    return _backward_of_real_tokens(run, grad_y, x, indices, gates, experts, pre, mask, activation, needs)
 
 
 def _mlp_backward_fake(grad_y, x, indices, gates, experts, pre, mask, activation, needs, backend):
@@ -221,19 +225,9 @@ def _mlp_backward_touched(
     needs: list[bool],
     backend: str,
     visit: Visit | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_backward(grad_y, x, indices, gates, experts, pre, mask, activation)
-    run = implementation(backend).expert_mlp_backward_touched
-    if mask is None:
-        return run(grad_y, x, indices, gates, experts, pre, activation, *needs, visit)
-    grad_x, grad_gates, rows, values = run(
-        grad_y[mask], x[mask], indices[mask], gates[mask], experts, pre[:, mask], activation, *needs, visit
-    )
-    if needs[0]:
-        grad_x = spread(grad_x, mask)
-    if needs[1]:
-        grad_gates = spread(grad_gates, mask)
-    return grad_x, grad_gates, rows, values
+) -> tuple[Tensor, ...]:
+    run = functools.partial(implementation(backend).expert_mlp_backward_touched, visit=visit)
+    return _backward_of_real_tokens(run, grad_y, x, indices, gates, experts, pre, mask, activation, needs)
 
 
 def _mlp_backward_touched_fake(grad_y, x, indices, gates, experts, pre, mask, activation, needs, backend):
