@@ -12,7 +12,10 @@ with install_import_hook(("million_experts.ops", "million_experts.layers"), "bea
     import million_experts.layers, million_experts.ops
 
 import torch
-from million_experts.layers import PEER, DenseFeedForward, ExpertUsage, MaskedBatchNorm
+from million_experts.layers import (
+    PEER, DenseFeedForward, ExpertChoiceMoE, ExpertUsage, MaskedBatchNorm, MemoryPlus, ProductKeyMemory,
+    TokenChoiceMoE,
+)
 from million_experts.ops import expert_mlp, product_key_topk
 
 for T in (0, 1, 5):
@@ -41,6 +44,14 @@ for norm in ("batch", "layer", "none"):
         layer.eval()(torch.randn(8))
 MaskedBatchNorm(3)(torch.randn(4, 3), torch.tensor([True, True, False, True]))
 DenseFeedForward(8, glu=True)(torch.randn(2, 3, 8))
+x, mask = torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)
+for layer in (ProductKeyMemory(8, 30, 2, 3, 4), MemoryPlus(8, 30, 2, 3, 4)):
+    layer(x, mask=mask, return_routing=True)
+TokenChoiceMoE(8)(x, mask=mask, return_router_loss=True)
+for choice in ("token", "expert"):
+    layer = ExpertChoiceMoE(8, 4, eval_choice=choice)
+    layer(x, mask=mask)
+    layer.eval()(x, mask=mask)
 """
 
 # Results of a shape that the signature does not allow.

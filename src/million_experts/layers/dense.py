@@ -8,6 +8,11 @@ from million_experts.ops import ACTIVATIONS
 from million_experts.ops.reference import activate
 
 
+def default_width(dim: int, glu: bool) -> int:
+    """Neurons of a full-size feed-forward: as many as make 8 * dim^2 parameters, with GLU or without."""
+    return -(-dim * 8 // 3 // 8) * 8 if glu else 4 * dim
+
+
 class DenseFeedForward(nn.Module):
     """Two linear maps with an activation between them, or three with GLU; no biases.
 
@@ -28,7 +33,7 @@ class DenseFeedForward(nn.Module):
     def __init__(self, dim: int, width: int | None = None, activation: str = "gelu", glu: bool = False):
         super().__init__()
         if width is None:
-            width = -(-dim * 8 // 3 // 8) * 8 if glu else 4 * dim
+            width = default_width(dim, glu)
         check_positive(dim=dim, width=width)
         check_choice("activation", activation, ACTIVATIONS)
         self.dim, self.width, self.activation, self.glu = dim, width, activation, glu

@@ -12,6 +12,7 @@ from million_experts._arguments import check_choice
 from million_experts._typing import Bool, Float
 from million_experts.layers.norm import MaskedBatchNorm
 from million_experts.layers.retrieval import ProductKeyRetrieval, Routing
+from million_experts.layers.tokens import blank_masked, flatten_tokens
 from million_experts.ops import ACTIVATIONS, advise_huge_pages, expert_mlp, resolve_backend
 from million_experts.ops.library_layer import layer_inference
 
@@ -115,6 +116,10 @@ class PEER(ProductKeyRetrieval):
             advise_huge_pages(self.experts)  # before the first write, which decides on the pages
             self.reset_parameters()
 
+    @property
+    def table(self) -> nn.Parameter:
+        return self.experts
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws every parameter anew, as the class's docstring derives."""
@@ -171,23 +176,13 @@ class PEER(ProductKeyRetrieval):
             ValueError: a last dimension other than `dim`; a mask of another shape or dtype; BatchNorm in
                 training with fewer than two real tokens; nothing but masked tokens in training.
         """
-        if x.dim() < 1 or x.shape[-1] != self.dim:
-            raise ValueError(f"x must have shape [..., {self.dim}], got {list(x.shape)}")
         lead = x.shape[:-1]
-        tokens = x.reshape(-1, self.dim)
-        if mask is not None:
-            if mask.shape != lead or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"mask must be bool of shape {list(lead)}, x's without its last dimension, "
-                    f"got {mask.dtype} {list(mask.shape)}"
-                )
-            mask = mask.reshape(-1)
-            if self.training and mask.shape[0] > 0:
-                _require_a_real_token(mask)
-            tokens = torch.where(mask[:, None], tokens, 0)
+        tokens, mask = flatten_tokens(x, mask, self.dim)
+        if mask is not None and self.training and mask.shape[0] > 0:
+            _require_a_real_token(mask)
         fused = None if return_routing else self._fused(tokens)
         if fused is not None:
-            return (fused if mask is None else torch.where(mask[:, None], fused, 0)).view(*lead, self.dim)
+            return blank_masked(fused, mask).view(*lead, self.dim)
         routing = self.retrieve(tokens, mask)
         y = expert_mlp(
             tokens,

@@ -144,6 +144,11 @@ class ProductKeyRetrieval(nn.Module):
         """N, the number of items in the pool."""
         return self.codebook_sizes[0] * self.codebook_sizes[1]
 
+    @property
+    def table(self) -> nn.Parameter:
+        """The parameter whose N rows are retrieved; layers may share it."""
+        raise NotImplementedError
+
     def reset_retrieval(self) -> None:
         """Draws the query projection and the sub-keys anew, and resets the query norm."""
         nn.init.normal_(self.query_proj.weight, std=self.dim**-0.5)
@@ -167,7 +172,7 @@ class ProductKeyRetrieval(nn.Module):
     def retrieve(self, x: Float[Tensor, "T D"], mask: Bool[Tensor, " T"] | None = None) -> Routing:
         """The experts [T, H, k] for tokens x [T, D]; masked tokens must already hold zeros."""
         scores, indices = product_key_topk(
-            self._queries(x, mask), self.keys1, self.keys2, self.experts_per_head, self.backend
+            self._queries(x, mask), *self._codebooks(), self.experts_per_head, self.backend
         )
         # A token that holds NaN or infinity must not pass for a valid one: its scores become NaN.
         scores = scores + (x.detach() * 0).sum(-1).to(scores.dtype)[:, None, None]
@@ -183,6 +188,10 @@ class ProductKeyRetrieval(nn.Module):
         for hook in self._routing_hooks.values():
             hook(self, routing)
         return routing
+
+    def _codebooks(self) -> tuple[Tensor, Tensor]:
+        """The sub-keys that queries are compared with."""
+        return self.keys1, self.keys2
 
     def _queries(self, x: Tensor, mask: Tensor | None) -> Tensor:
         weight = self.query_proj.weight

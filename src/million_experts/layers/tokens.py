@@ -1,0 +1,31 @@
+"""What every layer with a mask does with its input: check it, flatten it, and blank the masked tokens."""
+
+import torch
+from torch import Tensor
+
+
+def flatten_tokens(x: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
+    """Tokens x [..., D] as [T, D], those outside `mask` [...] replaced by zeros, and the mask as [T].
+
+    By `where`, not by a product: what masked tokens hold, NaN included, reaches neither output nor gradient.
+
+    Raises:
+        ValueError: a last dimension other than `dim`; a mask of another shape or dtype.
+    """
+    if x.dim() < 1 or x.shape[-1] != dim:
+        raise ValueError(f"x must have shape [..., {dim}], got {list(x.shape)}")
+    tokens = x.reshape(-1, dim)
+    if mask is None:
+        return tokens, None
+    if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be bool of shape {list(x.shape[:-1])}, x's without its last dimension, "
+            f"got {mask.dtype} {list(mask.shape)}"
+        )
+    mask = mask.reshape(-1)
+    return torch.where(mask[:, None], tokens, 0), mask
+
+
+def blank_masked(y: Tensor, mask: Tensor | None) -> Tensor:
+    """y [T, D] with zeros for masked tokens, whose gradient is zero then, too."""
+    return y if mask is None else torch.where(mask[:, None], y, 0)
