@@ -1,4 +1,4 @@
-"""`PeerConfig`: the configuration of a decoder whose feed-forwards may be PEER layers."""
+"""`PeerConfig`: the configuration of a decoder whose feed-forwards may be PEER layers or its competitors."""
 
 from __future__ import annotations
 
@@ -43,15 +43,22 @@ class PeerConfig(PreTrainedConfig):
         attention_bias: whether the attention's projections have a bias.
         initializer_range: standard deviation of embeddings and linear layers at the start. The output
             projections of attention get it divided by sqrt(2 * num_hidden_layers). Feed-forwards
-            initialise themselves; the output of a dense one is divided by the same root.
+            initialise themselves. The output matrices of dense ones, of full-size experts and of Memory+ are
+            divided by the same root; PEER's `init_std` and PKM's paper say how large their outputs are.
         tie_word_embeddings: whether the output layer is the embedding table.
         use_cache: whether the forward pass returns keys and values for generation.
-        output_routing: whether the forward pass returns the routing of each PEER layer.
+        output_routing: whether the forward pass returns the routing of each layer with product keys:
+            PEER and both memories.
         mlp_layer_types: the kind of each layer's feed-forward, or one kind for all layers. None follows
             the paper: `"peer"` in the middle block, which is block `num_hidden_layers // 2` counted
             from 0, and `"dense"` in the others.
         peer: arguments of `million_experts.layers.PEER`, all but `dim`.
         dense: arguments of `million_experts.layers.DenseFeedForward`, all but `dim`.
+        moe: those of `TokenChoiceMoE`, whose balancing loss is added to the model's in training.
+        expert_choice: those of `ExpertChoiceMoE`, which is not causal in training.
+        pkm: those of `ProductKeyMemory`.
+        memory_plus: those of `MemoryPlus`.
+        share_memory_values: whether all `"memory_plus"` layers share one table of values, as in the paper.
 
     The dicts are completed with the layers' defaults when their kind is in use, so that a stored
     configuration says everything. `from_pretrained(path, peer={...})` changes only the arguments named.
@@ -86,6 +93,11 @@ class PeerConfig(PreTrainedConfig):
     mlp_layer_types: str | list[str] | tuple[str, ...] | None = None
     peer: dict[str, Any] | None = None
     dense: dict[str, Any] | None = None
+    moe: dict[str, Any] | None = None
+    expert_choice: dict[str, Any] | None = None
+    pkm: dict[str, Any] | None = None
+    memory_plus: dict[str, Any] | None = None
+    share_memory_values: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_misplaced(kwargs)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from million_experts.layers import PEER
+from million_experts.layers import MixtureOfExperts, ProductKeyRetrieval
 
 if TYPE_CHECKING:
     from .configuration import PeerConfig
@@ -24,9 +24,10 @@ class ParameterCount:
 
     Attributes:
         total: all parameters, a tied one counted once.
-        active: those that take part for one token. Of an expert table only the rows of the experts that a
-            token chooses; everything else in full, embeddings too, as is usual for mixtures of experts.
-        tables: those in expert tables.
+        active: those that take part for one token. Of a table only the rows that a token retrieves (once
+            for each layer, where layers share a table), of full-size experts only those that work on it, on
+            average; everything else in full, embeddings too, as is usual for mixtures of experts.
+        tables: those in tables whose rows are retrieved: PEER's experts, the values of memories.
         embeddings: those in the token embeddings and in the output layer, counted once when tied.
     """
 
@@ -46,7 +47,7 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of a model's state, without activations. `table_*` are those of expert tables.
+    """Bytes of a model's state, without activations. `table_*` are those of tables of experts or values.
 
     Gradients and AdamW's two moments are counted for trainable parameters, in the parameter's dtype.
     """
@@ -81,12 +82,13 @@ def count_parameters(model_or_config: nn.Module | PeerConfig) -> ParameterCount:
     """
     model = _as_model(model_or_config)
     total = sum(p.numel() for p in model.parameters())
-    tables = sum(table.numel() for table, _ in _tables(model))
-    chosen = sum(table.numel() // len(table) * rows for table, rows in _tables(model))
+    chosen = list(_chosen(model))
+    sparse = {id(parameter): parameter.numel() for parameter, _ in chosen}
+    at_work = sum(parameter[0].numel() * slices for parameter, slices in chosen)
     return ParameterCount(
         total=total,
-        active=total - tables + chosen,
-        tables=tables,
+        active=total - sum(sparse.values()) + round(at_work),
+        tables=sum(table.numel() for table in _tables(model)),
         embeddings=sum(p.numel() for p in _embeddings(model)),
     )
 
@@ -101,7 +103,7 @@ def memory_estimate(
         dtype: dtype of the parameters; None takes each parameter's own.
     """
     model = _as_model(model_or_config)
-    tables = {id(table) for table, _ in _tables(model)}
+    tables = {id(table) for table in _tables(model)}
     sizes = dict.fromkeys(MemoryEstimate.__dataclass_fields__, 0)
     for parameter in model.parameters():
         prefix = "table" if id(parameter) in tables else "other"
@@ -137,11 +139,20 @@ def _as_model(model_or_config: nn.Module | PeerConfig) -> nn.Module:
         return PeerForCausalLM(config)
 
 
-def _tables(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-    """Each expert table, and how many of its rows a token chooses."""
+def _tables(model: nn.Module) -> list[nn.Parameter]:
+    """The tables whose rows are retrieved, a shared one once."""
+    tables = [m.table for m in model.modules() if isinstance(m, ProductKeyRetrieval)]
+    return list({id(table): table for table in tables}.values())
+
+
+def _chosen(model: nn.Module) -> Iterator[tuple[nn.Parameter, float]]:
+    """The parameters of which a token chooses slices of the first dimension, and how many in each layer."""
     for module in model.modules():
-        if isinstance(module, PEER):
-            yield module.experts, module.num_heads * module.experts_per_head
+        if isinstance(module, ProductKeyRetrieval):
+            yield module.table, module.num_heads * module.experts_per_head
+        elif isinstance(module, MixtureOfExperts):
+            for weight in module.expert_weights:
+                yield weight, module.active_experts
 
 
 def _embeddings(model: nn.Module) -> list[nn.Parameter]:

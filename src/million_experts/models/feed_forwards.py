@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from million_experts._arguments import did_you_mean
-from million_experts.layers import PEER, DenseFeedForward
+from million_experts.layers import (
+    PEER,
+    DenseFeedForward,
+    ExpertChoiceMoE,
+    MemoryPlus,
+    ProductKeyMemory,
+    TokenChoiceMoE,
+)
 
 __all__ = ["FEED_FORWARDS", "FeedForwardKind", "build_feed_forward", "complete_arguments"]
 
@@ -21,14 +28,19 @@ _NOT_CONFIGURED = {"self", "dim", "device", "dtype"}
 
 @dataclass(frozen=True)
 class FeedForwardKind:
-    """One kind of feed-forward: its class, and the arguments that a model sets unless told otherwise.
+    """One kind of feed-forward: its class, and what a model does with it.
 
-    `layer(dim, **arguments)` builds it. If its `forward` has the parameters `mask` and `return_routing`
-    it gets the mask of the real tokens, and its routing can be returned.
+    `layer(dim, **arguments)` builds it, with `defaults` for what it sets unless told otherwise. A model gives
+    it the mask of the real tokens, asks for its routing, or for a loss of its router, where its `forward`
+    has a parameter for that.
+
+    `output` names the parameter that writes into the residual stream and is drawn smaller in a deep model;
+    None where the layer's own derivation or paper says how large its output is.
     """
 
     layer: type[nn.Module]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    output: str | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -38,15 +50,32 @@ class FeedForwardKind:
         return {**own, **self.defaults}
 
     @property
+    def takes_mask(self) -> bool:
+        """Whether tokens have to be told from padding."""
+        return self._takes("mask")
+
+    @property
     def is_routed(self) -> bool:
-        """Whether the layer chooses experts: it then takes a mask and can return its routing."""
-        return {"mask", "return_routing"} <= inspect.signature(self.layer.forward).parameters.keys()
+        """Whether the layer retrieves by product keys and can return its `Routing`."""
+        return self._takes("return_routing")
+
+    @property
+    def has_router_loss(self) -> bool:
+        """Whether the layer has a loss that training adds to the model's."""
+        return self._takes("return_router_loss")
+
+    def _takes(self, argument: str) -> bool:
+        return argument in inspect.signature(self.layer.forward).parameters
 
 
 # A new kind needs an entry here and a field of the same name in PeerConfig.
 FEED_FORWARDS: dict[str, FeedForwardKind] = {
-    "dense": FeedForwardKind(DenseFeedForward),
+    "dense": FeedForwardKind(DenseFeedForward, output="up.weight"),
     "peer": FeedForwardKind(PEER),
+    "moe": FeedForwardKind(TokenChoiceMoE, output="up"),
+    "expert_choice": FeedForwardKind(ExpertChoiceMoE, output="up"),
+    "pkm": FeedForwardKind(ProductKeyMemory),
+    "memory_plus": FeedForwardKind(MemoryPlus, output="out_proj.weight"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`PeerModel` and `PeerForCausalLM`: a Llama decoder whose feed-forwards may be PEER layers.
+"""`PeerModel` and `PeerForCausalLM`: a Llama decoder whose feed-forwards may be PEER or its competitors.
 
 Attention, norms, rotary embeddings, masks, caches, generation and the loss are transformers' own; only
 the feed-forwards are ours. Their words are the paper's: an expert *down*-projects the token to one number
@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from million_experts.layers import DenseFeedForward, Routing
+from million_experts.layers import MemoryPlus, Routing
 
 from .configuration import PeerConfig
 from .counting import describe
@@ -37,18 +37,24 @@ __all__ = ["PeerCausalLMOutput", "PeerForCausalLM", "PeerModel", "PeerModelOutpu
 class PeerModelOutput(BaseModelOutputWithPast):
     """What `PeerModel` returns.
 
-    `routing`, if asked for, has one `Routing` for each PEER layer, in order: its `indices`, `gates` and
-    `scores` are [batch, sequence, heads, experts per head].
+    `routing`, if asked for, has one `Routing` for each layer with product keys, in order: its `indices`,
+    `gates` and `scores` are [batch, sequence, heads, experts per head]. `router_loss` is the sum of the
+    routers' own losses, in training alone and where a layer has one.
     """
 
     routing: tuple[Routing, ...] | None = None
+    router_loss: Tensor | None = None
 
 
 @dataclass
 class PeerCausalLMOutput(CausalLMOutputWithPast):
-    """What `PeerForCausalLM` returns; `routing` as in `PeerModelOutput`."""
+    """What `PeerForCausalLM` returns; `routing` and `router_loss` as in `PeerModelOutput`.
+
+    In training `loss` contains `router_loss`.
+    """
 
     routing: tuple[Routing, ...] | None = None
+    router_loss: Tensor | None = None
 
 
 class PeerRotaryEmbedding(LlamaRotaryEmbedding):
@@ -74,18 +80,18 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         kind = cast("list[str]", config.mlp_layer_types)[layer_idx]
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)  # type: ignore[arg-type]
-        self.mlp = build_feed_forward(kind, config.hidden_size, getattr(config, kind))
-        self.mlp_is_routed = FEED_FORWARDS[kind].is_routed
+        feed_forward: Any = build_feed_forward(kind, config.hidden_size, getattr(config, kind))
+        self.mlp, spec = feed_forward, FEED_FORWARDS[kind]
+        self.mlp_takes_mask, self.mlp_is_routed = spec.takes_mask, spec.is_routed
+        self.mlp_has_router_loss = spec.has_router_loss
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-        # Keeps the sum of 2L residual updates as large as one. PEER is not scaled: its `init_std` says how
-        # large its output is to be.
+        # Keeps the sum of 2L residual updates as large as one.
         scale = (2 * config.num_hidden_layers) ** -0.5
         self.self_attn.o_proj.initializer_std = config.initializer_range * scale
-        if isinstance(self.mlp, DenseFeedForward):
-            self.mlp.up.initializer_scale = scale
-        _leave_initialisation_to(self.mlp)
+        feed_forward.initializer_scales = {spec.output: scale} if spec.output else {}
+        _leave_initialisation_to(feed_forward)
 
     def forward(
         self,
@@ -102,7 +108,8 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         """The block's output [batch, sequence, D].
 
         If `output_routing` and the feed-forward is routed: (output, indices, gates, scores). They are not
-        packed into a `Routing` here, since reentrant checkpointing sees no gradient in nested tuples.
+        packed into a `Routing` here, since reentrant checkpointing sees no gradient in nested tuples. If its
+        router has a loss, in training: (output, loss).
         """
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
@@ -115,12 +122,14 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
-        if not self.mlp_is_routed:
-            return hidden_states + self.mlp(normed)
-        if not output_routing:
-            return hidden_states + self.mlp(normed, mask=token_mask)
-        update, routing = self.mlp(normed, mask=token_mask, return_routing=True)
-        return hidden_states + update, *routing
+        masked = {"mask": token_mask} if self.mlp_takes_mask else {}
+        if self.mlp_has_router_loss and self.training:
+            update, loss = self.mlp(normed, **masked, return_router_loss=True)
+            return hidden_states + update, loss
+        if self.mlp_is_routed and output_routing:
+            update, routing = self.mlp(normed, **masked, return_routing=True)
+            return hidden_states + update, *routing
+        return hidden_states + self.mlp(normed, **masked)
 
 
 class PeerPreTrainedModel(PreTrainedModel):
@@ -152,6 +161,16 @@ class PeerPreTrainedModel(PreTrainedModel):
         # loaded. A feed-forward also has to hear of its children's, whose initialisation it derives.
         super()._initialize_weights(module, is_custom_code and not _is_feed_forward(module))
 
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        # On the meta device tied parameters are one object. transformers marks those that will be tied as
+        # loaded, and would so mark what they are tied to: nobody would notice that a checkpoint lacks it.
+        for name in self.all_tied_weights_keys:
+            parent, _, own = name.rpartition(".")
+            parameter = self.get_parameter(name)
+            if parameter.is_meta:
+                setattr(self.get_submodule(parent), own, nn.Parameter(torch.empty_like(parameter)))
+        super().mark_tied_weights_as_initialized(loading_info)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = getattr(module, "initializer_std", None)
@@ -174,11 +193,29 @@ class PeerModel(PeerPreTrainedModel):
         self.vocab_size = config.vocab_size
         # No padding_idx: it would keep the embedding of an end-of-text token that also pads at zero.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(PeerDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList()
+        self._tied_weights_keys = {}
+        for i in range(config.num_hidden_layers):
+            self.layers.append(PeerDecoderLayer(config, i))
+            if config.share_memory_values:
+                self._share_values(i)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = PeerRotaryEmbedding(config=config)  # type: ignore[arg-type]
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _share_values(self, index: int) -> None:
+        """Give a Memory+ layer the values of the first one, if there is one before it."""
+        mlps: list[Any] = [layer.mlp for layer in self.layers]
+        first = next((i for i, mlp in enumerate(mlps) if isinstance(mlp, MemoryPlus)), index)
+        if first < index and isinstance(mlps[index], MemoryPlus):
+            mlps[index].values = mlps[first].values
+            self._tied_weights_keys[f"layers.{index}.mlp.values"] = f"layers.{first}.mlp.values"
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """The values that layers share. transformers' own answer is that nothing is tied where
+        `tie_word_embeddings` is False."""
+        return dict(self._tied_weights_keys)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -205,7 +242,8 @@ class PeerModel(PeerPreTrainedModel):
             past_key_values: cache of earlier tokens' keys and values.
             inputs_embeds: [batch, sequence, D] instead of `input_ids`.
             use_cache: whether to return a cache; by default as configured.
-            output_routing: whether to return the routing of each PEER layer; by default as configured.
+            output_routing: whether to return the routing of each layer with product keys; by default as
+                configured.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and what the attention takes.
 
         Raises:
@@ -238,6 +276,7 @@ class PeerModel(PeerPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         token_mask = _token_mask(attention_mask, inputs_embeds)
         routing: list[Routing] = []
+        router_losses: list[Tensor] = []
         for layer in self.layers:
             outputs = layer(
                 hidden_states,
@@ -250,16 +289,20 @@ class PeerModel(PeerPreTrainedModel):
                 output_routing=output_routing,
                 **kwargs,
             )
-            if isinstance(outputs, tuple):
-                hidden_states = outputs[0]
-                routing.append(Routing(*outputs[1:]))
-            else:
+            if not isinstance(outputs, tuple):
                 hidden_states = outputs
+                continue
+            hidden_states, *rest = outputs
+            if layer.mlp_has_router_loss:
+                router_losses += rest
+            else:
+                routing.append(Routing(*rest))
 
         return PeerModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
             routing=tuple(routing) if output_routing else None,
+            router_loss=torch.stack(router_losses).sum() if router_losses else None,
         )
 
 
@@ -293,11 +336,12 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
 
         Args:
             labels: [batch, sequence] token ids, not shifted; -100 where no loss is wanted. The loss is the
-                mean over the labels, in nats per token.
+                mean over the labels, in nats per token; in training plus `router_loss`, where there is one.
             logits_to_keep: compute logits for that many last positions only (0: for all), or for the
                 positions in a tensor.
             kwargs: also `num_items_in_batch`: the loss is then the labels' sum over it, so that the losses
-                of accumulated micro-batches add up to the large batch's.
+                of accumulated micro-batches add up to the large batch's; a micro-batch's router loss counts
+                by its share of the items.
 
         The other arguments are those of `PeerModel.forward`.
         """
@@ -318,6 +362,8 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
+            if outputs.router_loss is not None:
+                loss = loss + outputs.router_loss * _share_of_items(labels, kwargs.get("num_items_in_batch"))
         return PeerCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -325,6 +371,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             routing=outputs.routing,
+            router_loss=outputs.router_loss,
         )
 
     def __repr__(self) -> str:
@@ -336,6 +383,11 @@ def _token_mask(attention_mask: Tensor | None, inputs_embeds: Tensor) -> Tensor 
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -inputs_embeds.shape[1] :].to(inputs_embeds.device).bool()
+
+
+def _share_of_items(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """The part of a batch's items that a micro-batch's labels are; 1 where there is no larger batch."""
+    return 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
 
 
 def _is_feed_forward(module: nn.Module) -> bool:
@@ -358,9 +410,8 @@ def _leave_initialisation_to(feed_forward: Any) -> None:
 
 @torch.no_grad()
 def _scale_output(feed_forward: Any) -> None:
-    for child in feed_forward.children():
-        if hasattr(child, "initializer_scale"):
-            child.weight.mul_(child.initializer_scale)
+    for name, scale in feed_forward.initializer_scales.items():
+        feed_forward.get_parameter(name).mul_(scale)
 
 
 def _initialise_missing(feed_forward: Any) -> None:

@@ -1,10 +1,10 @@
-"""Parameter groups for models with expert tables."""
+"""Parameter groups for models with tables of experts or values."""
 
 from typing import Any
 
 from torch import nn
 
-from million_experts.layers import PEER
+from million_experts.layers import ProductKeyRetrieval
 
 
 def parameter_groups(
@@ -14,13 +14,14 @@ def parameter_groups(
     weight_decay: float = 0.0,
     table_weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Groups for any `torch.optim.Optimizer`: expert tables, other matrices, and vectors.
+    """Groups for any `torch.optim.Optimizer`: tables, other matrices, and vectors.
 
-    A row of an expert table learns only from the tokens that retrieve it, so tables want a learning rate of
-    their own (by default `learning_rate`) and their own weight decay. Biases and norms are not decayed.
-    Parameters that need no gradient are left out; a group that would be empty is, too.
+    Tables are PEER's experts and the values of memories. A row of a table learns only from the tokens that
+    retrieve it, so tables want a learning rate of their own (by default `learning_rate`) and their own weight
+    decay. Biases and norms are not decayed. Parameters that need no gradient are left out; a group that would
+    be empty is, too.
     """
-    tables = {id(module.experts) for module in model.modules() if isinstance(module, PEER)}
+    tables = {id(m.table) for m in model.modules() if isinstance(m, ProductKeyRetrieval)}
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if id(p) not in tables and p.dim() > 1]
     vectors = [p for p in trained if id(p) not in tables and p.dim() <= 1]
