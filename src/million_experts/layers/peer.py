@@ -8,8 +8,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from million_experts._arguments import check_choice
+from million_experts._arguments import check_choice, is_integer
 from million_experts._typing import Bool, Float
+from million_experts.layers.dense import DenseFeedForward
 from million_experts.layers.norm import MaskedBatchNorm
 from million_experts.layers.retrieval import ProductKeyRetrieval, Routing
 from million_experts.layers.tokens import blank_masked, flatten_tokens
@@ -64,6 +65,10 @@ class PEER(ProductKeyRetrieval):
     retrieval and experts with :math:`\sigma = 1`, in training mode, and divides the up rows by what comes
     out. The pool's finite cross terms are thereby included.
 
+    With a shared branch, experts and branch are first scaled to the same size, each by what it gives alone;
+    then both by what they give together, so that the sum has standard deviation `init_std`. They are
+    independent but for chance: each gives about :math:`\mathrm{init\_std}/\sqrt 2`.
+
     Args:
         dim: D, the width of tokens.
         num_experts: N, an int (its most square factorisation, n1 <= 4 * n2) or a pair (n1, n2). Expert
@@ -82,6 +87,8 @@ class PEER(ProductKeyRetrieval):
             a step grows with the pool. PyTorch's other optimisers and its `clip_grad_norm_` refuse such
             gradients.
         backend: "auto", "reference", "cpu" or "triton".
+        shared_width: neurons of a dense branch that works on every token beside the experts, with the same
+            activation and `glu`; its output is added to theirs. 0 for none.
 
     Raises:
         ValueError: an argument outside what is allowed; the message names it.
@@ -103,6 +110,7 @@ class PEER(ProductKeyRetrieval):
         init_std: float = 0.1,
         sparse_grad: bool = False,
         backend: str = "auto",
+        shared_width: int = 0,
     ):
         super().__init__(
             dim, num_experts, num_heads, experts_per_head, key_dim, query_norm, share_keys, score, backend
@@ -110,7 +118,10 @@ class PEER(ProductKeyRetrieval):
         check_choice("activation", activation, ACTIVATIONS)
         if not init_std > 0:
             raise ValueError(f"init_std must be positive, got {init_std}")
+        if not is_integer(shared_width) or shared_width < 0:
+            raise ValueError(f"shared_width must be an int, 0 or more, got {shared_width!r}")
         self.glu, self.activation, self.init_std, self.sparse_grad = glu, activation, init_std, sparse_grad
+        self.shared = DenseFeedForward(dim, shared_width, activation, glu) if shared_width else None
         self.experts = nn.Parameter(torch.empty(self.num_experts, 3 if glu else 2, dim))
         if not self.experts.is_meta:
             advise_huge_pages(self.experts)  # before the first write, which decides on the pages
@@ -126,14 +137,28 @@ class PEER(ProductKeyRetrieval):
         self.reset_retrieval()
         # Row by row of the packed table, in place: no second table in memory.
         nn.init.normal_(self.experts, std=self.dim**-0.5)
-        self.experts[:, 1].mul_(self.init_std / self._measure_output_std())
+        ups = [self.experts[:, 1]]
+        if self.shared is not None:
+            self.shared.reset_parameters()
+            ups[0].div_(self._measure_output_std(self._probe(shared=None)))
+            ups.append(self.shared.up.weight)
+            ups[1].div_(self._measure_output_std(self.shared))
+        scale = self.init_std / self._measure_output_std(self._probe(self.shared))
+        for up in ups:
+            up.mul_(scale)
+        self._reset_query_norm()  # the statistics of the measurement are no data's
 
-    def _measure_output_std(self) -> Tensor:
-        """Standard deviation of the output for normal tokens, in training mode; leaves no trace."""
-        probe = copy.copy(self)  # shares parameters and buffers, not the mode or the hooks
+    def _probe(self, shared: DenseFeedForward | None) -> "PEER":
+        """The layer in training mode, with a shared branch or without: its parameters, none of its hooks."""
+        probe = copy.copy(self)
         probe._routing_hooks = OrderedDict()
         probe._modules = {name: copy.copy(module) for name, module in self._modules.items()}
-        probe.train()
+        probe.shared = shared
+        probe.training = probe.query_norm.training = True  # of the copies; nothing else knows of modes
+        return probe
+
+    def _measure_output_std(self, branch: nn.Module) -> Tensor:
+        """Standard deviation of a branch's output for normal tokens."""
         K = self.num_heads * self.experts_per_head
         narrow = min(INIT_PAIRS // 4, INIT_PAIRS // (self.dim if self.glu else 4 * self.dim))
         tokens = max(1024, math.ceil(INIT_PAIRS / K), narrow)
@@ -142,8 +167,7 @@ class PEER(ProductKeyRetrieval):
         squares = []
         for _ in range(batches):
             x = torch.randn(tokens, self.dim, device=self.experts.device, dtype=self.keys1.dtype)
-            squares.append(probe.forward(x).float().square().mean())
-        self._reset_query_norm()  # the statistics of these tokens are no data's
+            squares.append(branch.forward(x).float().square().mean())
         return torch.stack(squares).mean().sqrt()
 
     @overload
@@ -182,7 +206,7 @@ class PEER(ProductKeyRetrieval):
             _require_a_real_token(mask)
         fused = None if return_routing else self._fused(tokens)
         if fused is not None:
-            return blank_masked(fused, mask).view(*lead, self.dim)
+            return blank_masked(self._add_shared(fused, tokens), mask).view(*lead, self.dim)
         routing = self.retrieve(tokens, mask)
         y = expert_mlp(
             tokens,
@@ -193,11 +217,23 @@ class PEER(ProductKeyRetrieval):
             self.backend,
             mask=mask,
             sparse_grad=self.sparse_grad,
-        ).view(*lead, self.dim)
+        )
+        if self.shared is not None:
+            y = blank_masked(self._add_shared(y, tokens), mask)
+        y = y.view(*lead, self.dim)
         if not return_routing:
             return y
         shape = (*lead, self.num_heads, self.experts_per_head)
         return y, Routing(*(t.view(shape) for t in routing))
+
+    def _add_shared(self, y: Tensor, x: Tensor) -> Tensor:
+        """y [T, D], the experts' output for x [T, D], and the shared branch's, in y's dtype."""
+        if self.shared is None:
+            return y
+        weight = self.shared.up.weight
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(weight.dtype)
+        return y + self.shared(x).to(y.dtype)
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """The output [T, D] by one operation; None unless this is inference in float32 on few tokens."""
