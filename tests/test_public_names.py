@@ -13,6 +13,7 @@ import million_experts.layers
 import million_experts.models
 import million_experts.ops
 import million_experts.optim
+import million_experts.studies
 
 NAMES = {
     million_experts: {"PEER", "ExpertUsage", "Routing", "__version__"},
@@ -39,6 +40,7 @@ NAMES = {
         "TokenChoiceMoE",
         "UsageFigures",
     },
+    million_experts.studies: {"FlopCount", "training_flops_per_token"},
     million_experts.optim: {"RowwiseAdamW", "clip_grad_norm_", "parameter_groups"},
     million_experts.models: {
         "FEED_FORWARDS",
