@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 
 from million_experts.layers import ExpertUsage
+from million_experts.lm.files import explained
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -121,5 +122,6 @@ def _rank_curve(axes: Any, shares: np.ndarray, **style: Any) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=140)
+    with explained(path.name, path.parent):
+        figure.savefig(path, dpi=140)
     plt.close(figure)

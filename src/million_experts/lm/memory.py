@@ -46,9 +46,11 @@ def expected_peak(config: PeerConfig, settings: TrainSettings) -> int:
     state = memory.training
     if config.peer is not None and config.peer.get("sparse_grad"):
         picks = tokens * config.peer["num_heads"] * config.peer["experts_per_head"] * layers
-        copies = 2 * settings.gradient_accumulation_steps if settings.gradient_accumulation_steps > 1 else 1
         expert = (3 if config.peer.get("glu") else 2) * config.hidden_size * 4
-        state += copies * min(picks * expert, memory.table_gradients) - memory.table_gradients
+        gradients = settings.gradient_accumulation_steps * min(picks * expert, memory.table_gradients)
+        if settings.gradient_accumulation_steps > 1:
+            gradients += min(gradients, memory.table_gradients)
+        state += gradients - memory.table_gradients
     return PROCESS_BYTES + state + logits + activations + peer
 
 

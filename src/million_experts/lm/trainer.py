@@ -23,6 +23,7 @@ from million_experts.distributed import (
 )
 from million_experts.layers import PEER
 from million_experts.lm.callbacks import ResourceCallback
+from million_experts.lm.files import explained
 from million_experts.optim import RowwiseAdamW, clip_grad_norm_
 
 _PARTIAL = ".partial-checkpoint"
@@ -52,10 +53,11 @@ class LanguageModelTrainer(Trainer):
     """`Trainer` for our runs.
 
     A checkpoint is written to a temporary folder, synced and renamed, so that a folder `checkpoint-N` is
-    whole whenever the process dies; the one before it stays until then. A loss or a gradient that is not
-    finite ends the training before it reaches the weights. Sparse gradients are clipped with the others, and
-    the rows that they left behind are brought up to date before weights are evaluated or saved. Ranks under
-    `torchrun` exchange sparse gradients as rows.
+    whole whenever the process dies; the one before it stays until then. One that cannot be written ends the
+    training with what to do about it. A loss or a gradient that is not finite ends the training before it
+    reaches the weights. Sparse gradients are clipped with the others, and the rows that they left behind are
+    brought up to date before weights are evaluated or saved. Ranks under `torchrun` exchange sparse
+    gradients as rows.
 
     Args:
         sync_query_norm: under `torchrun`, let query BatchNorm take the statistics of all ranks' tokens.
@@ -104,8 +106,20 @@ class LanguageModelTrainer(Trainer):
         return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.flush()
         run = Path(super()._get_output_dir(trial))
+        kept = list_checkpoints(run)
+        way = f"go on from {kept[-1][1]} by --resume" if kept else "start again by --resume"
+        advice = f"Make room there, or let it be written to, then {way}"
+        with explained(f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", run, advice):
+            try:
+                self._write_checkpoint(model, trial, run)
+            except Exception:
+                if self.args.should_save:  # half a checkpoint would take the room that is to be made
+                    shutil.rmtree(run / _PARTIAL, ignore_errors=True)
+                raise
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, run: Path) -> None:
+        self.flush()
         partial = run / _PARTIAL
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)

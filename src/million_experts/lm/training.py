@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from million_experts.lm.callbacks import ExpertUsageCallback, InterruptCallback, ProgressCallback
 from million_experts.lm.data import digests, has_tokenizer, prepare_data, remember_splits
-from million_experts.lm.files import make_folder, save_whole
+from million_experts.lm.files import explained, make_folder, save_whole
 from million_experts.lm.memory import available_memory, expected_peak, keep_freed_memory, takes_bfloat16
 from million_experts.lm.packing import PackedBlocks, TokenStream
 from million_experts.lm.report import RESULTS_FILE, measure, print_results
@@ -53,6 +53,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         FileExistsError: `output_dir` holds a run and `resume` is False.
         MemoryError: the run is expected to need more memory than there is.
         FloatingPointError: the loss was no longer finite.
+        OSError: something could not be written; the last checkpoint is whole.
         KeyboardInterrupt: the run was interrupted; a checkpoint has been saved.
     """
     ranks = PartialState(cpu=not torch.accelerator.is_available())
@@ -96,14 +97,16 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         settings.save(run / SETTINGS_FILE)
         remember_splits(run, streams)
         if not has_tokenizer(run):
-            save_whole(tokenizer.save_pretrained, run)
+            save_whole(tokenizer.save_pretrained, run, "the tokenizer")
     progress = ProgressCallback(settings.tokens_per_step(processes), console)
     interrupt = InterruptCallback()
     trainer.add_callback(progress)
     trainer.add_callback(interrupt)
     start = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        # Checkpoints say themselves what kept them from being written.
+        with explained("metrics", run, f"Make room there, then go on with: {_resume_command(run)}"):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         interrupt.restore()
         progress.stop()
@@ -116,7 +119,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     trainer.flush()
     if ranks.is_main_process:
         trained = trainer.accelerator.unwrap_model(trainer.model)
-        save_whole(trained.save_pretrained, run)
+        save_whole(trained.save_pretrained, run, "the model")
         with console.status("measuring on the test split"):
             history = trainer.state.log_history
             results = measure(settings, run, trained, tokenizer, streams, history, seconds, step, processes)
