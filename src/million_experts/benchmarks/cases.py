@@ -16,6 +16,7 @@ from million_experts.benchmarks.case import (
     REFERENCE,
     Case,
 )
+from million_experts.benchmarks.cases_steps import STEP_SWEEP_CASES, STEP_TARGET_CASES
 from million_experts.benchmarks.targets import Target
 from million_experts.benchmarks.workload import Competitor
 
@@ -227,6 +228,7 @@ TARGET_CASES = (
         "P7",
         False,
     ),
+    *STEP_TARGET_CASES,
 )
 
 COLD_TOKENS = 16
@@ -266,6 +268,7 @@ SWEEP_CASES = (
     *(_sweep("T", str(tokens), tokens=tokens) for tokens in (1, 16, 128, 512, 8192)),
     *(_sweep("k", str(k), experts_per_head=k) for k in (4, 8, 32)),
     *(_sweep("D", f"1024 at N={side}^2", dim=1024, num_experts=side**2) for side in (512, 1024)),
+    *STEP_SWEEP_CASES,
 )
 CASES = (*TARGET_CASES, *SWEEP_CASES)
 
