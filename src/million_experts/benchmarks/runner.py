@@ -131,7 +131,7 @@ class CaseRunner:
                 checked = working
                 if competitor.truth is not None and phase != "forward":
                     # To compare gradients, its own and those of its truth have to be there together.
-                    checked += memory.estimate_bytes(competitor.truth, phase)[1]
+                    checked += max(working, memory.estimate_bytes(competitor.truth, phase)[1])
             except Unavailable as error:
                 self.out[competitor.name] = ("absent", str(error))
                 continue
