@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from million_experts._arguments import check_choice
@@ -129,6 +130,8 @@ class PEER(ProductKeyRetrieval):
         probe._routing_hooks = OrderedDict()
         probe._modules = {name: copy.copy(module) for name, module in self._modules.items()}
         probe.train()
+        if isinstance(probe.query_norm, MaskedBatchNorm):
+            probe.query_norm.synchronised = False  # each rank measures alone
         K = self.num_heads * self.experts_per_head
         narrow = min(INIT_PAIRS // 4, INIT_PAIRS // (self.dim if self.glu else 4 * self.dim))
         tokens = max(1024, math.ceil(INIT_PAIRS / K), narrow)
@@ -169,7 +172,8 @@ class PEER(ProductKeyRetrieval):
 
         Raises:
             ValueError: a last dimension other than `dim`; a mask of another shape or dtype; BatchNorm in
-                training with fewer than two real tokens; nothing but masked tokens in training.
+                training with fewer than two real tokens; nothing but masked tokens in training, unless this
+                is one of several ranks.
         """
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape [..., {self.dim}], got {list(x.shape)}")
@@ -182,7 +186,8 @@ class PEER(ProductKeyRetrieval):
                     f"got {mask.dtype} {list(mask.shape)}"
                 )
             mask = mask.reshape(-1)
-            if self.training and mask.shape[0] > 0:
+            # Of several ranks one may have nothing to learn from.
+            if self.training and mask.shape[0] > 0 and not _among_ranks():
                 _require_a_real_token(mask)
             tokens = torch.where(mask[:, None], tokens, 0)
         fused = None if return_routing else self._fused(tokens)
@@ -237,6 +242,10 @@ class PEER(ProductKeyRetrieval):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, glu={self.glu}, activation={self.activation!r}"
+
+
+def _among_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _require_a_real_token(mask: Tensor) -> None:

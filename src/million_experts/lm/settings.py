@@ -86,7 +86,7 @@ class TrainSettings:
     attention_dropout: float = _option(0.0, "Model", "Probability of dropping an attention weight.")
 
     steps: int = _option(1000, "Training", "Optimiser steps.")
-    batch_size: int = _option(16, "Training", "Sequences in a micro-batch on one device.")
+    batch_size: int = _option(16, "Training", "Sequences in a micro-batch of one process.")
     gradient_accumulation_steps: int = _option(1, "Training", "Micro-batches in a step.")
     learning_rate: float = _option(2e-3, "Training", "Peak learning rate of everything but expert tables.")
     table_learning_rate: float | None = _option(
@@ -104,6 +104,9 @@ class TrainSettings:
         "Training",
         "auto, float32 or bfloat16 (autocast: weights and sums stay float32). auto takes bfloat16 where the "
         "processor multiplies in it.",
+    )
+    sync_query_norm: bool = _option(
+        True, "Training", "Under torchrun, take the statistics of query BatchNorm over all processes."
     )
     gradient_checkpointing: bool = _option(False, "Training", "Recompute activations to save memory.")
     torch_compile: bool = _option(False, "Training", "Compile the model; needs a C++ compiler.")
@@ -155,6 +158,10 @@ class TrainSettings:
     @property
     def tokens_per_micro_batch(self) -> int:
         return self.batch_size * self.context
+
+    def tokens_per_step(self, processes: int = 1) -> int:
+        """Tokens of all micro-batches of all processes."""
+        return self.tokens_per_micro_batch * self.gradient_accumulation_steps * processes
 
     def save(self, path: Path) -> None:
         """Writes the settings as YAML, whole or not at all."""
