@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from million_experts import cli
 from million_experts.benchmarks import memory, peers, runner, session, timing
-from million_experts.benchmarks.cases import OURS, REFERENCE
+from million_experts.benchmarks.case import OURS, REFERENCE
 from million_experts.benchmarks.correctness import compare
 from million_experts.benchmarks.report import markdown, merge, read_rows, write_results
 from million_experts.benchmarks.runner import CaseRunner, Effort
