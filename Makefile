@@ -28,7 +28,7 @@ $(VENV)/.installed: $(VENV)/.tools CMakeLists.txt $(wildcard csrc/*)
 	$(PIP) install -c constraints.txt "million-experts[all]"
 	touch $@
 
-train: $(VENV)/.installed ## Train the demo: a language model with 262,144 experts, ten minutes on two cores
+train: $(VENV)/.installed ## Train the demo: a language model with 262,144 experts, a quarter of an hour with the installation
 	$(BIN)/million-experts train --preset demo --resume
 
 bench: $(VENV)/.installed ## Measure the layer beside others: time and peak memory, with figures

@@ -19,10 +19,17 @@ constexpr size_t huge_page = size_t{2} << 20;
 constexpr size_t reclaimable = size_t{64} << 20;  // the system may have buffers as large as this when it runs short
 
 std::mutex mutex;
-std::multimap<size_t, void*> kept;  // size in whole pages -> buffer
+std::multimap<size_t, void*> kept;  // size, as `capacity` gives it -> buffer
 size_t total_kept = 0, in_use = 0, most_in_use = 0;
 
-size_t whole_pages(size_t bytes) { return (bytes + huge_page - 1) / huge_page * huge_page; }
+// The size of the buffer for so many bytes: whole pages, and one of eight sizes between powers of two, so that a
+// gradient of rows, of which each step touches another number, finds the buffer of the step before. What is beyond
+// the bytes is never touched and takes no memory.
+size_t capacity(size_t bytes) {
+  size_t step = huge_page;
+  while (bytes / step >= 16) step *= 2;
+  return (bytes + step - 1) / step * step;
+}
 
 #if defined(ME_MMAP)
 void* map(size_t bytes) {
@@ -75,7 +82,7 @@ struct Pages {
 }  // namespace
 
 void* take_buffer(size_t bytes) {
-  bytes = whole_pages(bytes);
+  bytes = capacity(bytes);
   size_t most_before;
   {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -103,7 +110,7 @@ void* take_buffer(size_t bytes) {
 }
 
 void return_buffer(void* data, size_t bytes) {
-  bytes = whole_pages(bytes);
+  bytes = capacity(bytes);
 #if defined(MADV_FREE)
   if (bytes >= reclaimable) madvise(data, bytes, MADV_FREE);
 #endif

@@ -4,6 +4,7 @@ import dataclasses
 import inspect as python_inspect
 import json
 import re
+import threading
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,8 +83,8 @@ def _train(preset: str | None, resume: bool, **options: Any) -> None:
             overrides[name] = None
         elif type(None) in allowed and str not in allowed:
             overrides[name] = _number(value)
-    for name in ("peer", "dense"):
-        if name in overrides:
+    for name, kind in FIELD_TYPES.items():
+        if name in overrides and typing.get_origin(kind) is dict:
             overrides[name] = _parse_arguments(name, overrides[name])
     if kinds := overrides.get("mlp_layer_types"):
         overrides["mlp_layer_types"] = [k.strip() for k in kinds.split(",")] if "," in kinds else kinds
@@ -464,12 +465,17 @@ def _user_errors() -> Iterator[None]:
     """Errors that are the user's to mend are a line on stderr, not a traceback."""
     from million_experts.ops.backends import BackendError
 
+    # tensorboard's thread hands the main one what keeps it from writing, and would print a traceback too.
+    show = threading.excepthook
+    threading.excepthook = lambda thread: None if issubclass(thread.exc_type, OSError) else show(thread)
     try:
         yield
     except (ValueError, OSError, MemoryError, FloatingPointError, BackendError) as error:
         _fail(str(error) or type(error).__name__, 1)
     except KeyboardInterrupt as interrupt:
         _fail(str(interrupt) or "Interrupted", 130)
+    finally:
+        threading.excepthook = show
 
 
 def _fail(message: str, code: int) -> NoReturn:

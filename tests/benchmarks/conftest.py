@@ -7,7 +7,8 @@ import gc
 import pytest
 import torch
 
-from million_experts.benchmarks.cases import Case, layers
+from million_experts.benchmarks.case import Case
+from million_experts.benchmarks.cases import layers
 from million_experts.benchmarks.workload import Competitor
 
 SHAPE = {"dim": 16, "num_experts": 64, "num_heads": 2, "experts_per_head": 3, "key_dim": 8}

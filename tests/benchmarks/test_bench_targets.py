@@ -6,13 +6,19 @@ import math
 
 import pytest
 
-from million_experts.benchmarks.cases import Case
+from million_experts.benchmarks.case import Case
 from million_experts.benchmarks.check import check
 from million_experts.benchmarks.targets import Target, evaluate
 
 TIME = Target("t", "time", "case", "step", "ours", ("slow", "fast"), 2.0)
 MEMORY = Target("m", "memory", "case", "step", "ours", ("slow", "fast"), 1.0, "memory")
 BANDWIDTH = Target("b", "bandwidth", "case", "step", "ours", ("slow", "fast"), 0.9, "bandwidth")
+
+
+PER_ROW = Target("r", "time per row", "case", "step", "ours", ("slow", "fast"), 1.5, "time per row")
+TOKENS = Target("o", "throughput", "case", "step", "ours", ("slow", "fast"), 0.75, "throughput")
+WORKING = Target("w", "working memory", "case", "step", "ours", (), 0.7e9, "working memory")
+PROCESS = Target("p", "process memory", "case", "step", "ours", (), 14e9, "process memory")
 
 
 def row(competitor, median, peak=None, status="measured", reason=""):
@@ -41,6 +47,36 @@ def test_ratios_are_over_the_faster_one_for_memory_too():
     assert bandwidth.ratio == pytest.approx(2 / 3)
     assert bandwidth.low < bandwidth.ratio < bandwidth.high
     assert bandwidth.met is False
+
+
+def test_time_per_row_divides_by_the_rows_that_each_has_touched():
+    counted = [r | {"touched": n} for r, n in zip(ROWS, (300, 10, 100), strict=True)]
+    (outcome,) = evaluate([PER_ROW], counted)
+    assert (outcome.ratio, outcome.over, outcome.met) == (0.5, "fast", True)
+    assert outcome.low == pytest.approx(0.5 * 0.9 / 1.2)
+    assert outcome.high == pytest.approx(0.5 * 1.2 / 0.9)
+    (outcome,) = evaluate([PER_ROW], ROWS)
+    assert (outcome.ratio, outcome.reason) == (None, "the rows that were touched were not counted")
+
+
+def test_tokens_a_second_are_better_the_more_there_are():
+    (outcome,) = evaluate([TOKENS], ROWS)
+    assert outcome.ratio == pytest.approx(2 / 3)
+    assert (outcome.met, TOKENS.worse_by(0.5, 1.0)) == (False, 1.0)
+    assert (TOKENS.bound_text, PER_ROW.bound_text) == ("≥ 0.75", "≤ 1.5")
+
+
+def test_bytes_are_bounded_themselves():
+    ours = row("ours", 3.0, 10**12) | {"working_bytes": 490_000_000, "process_bytes": 15_000_000_000}
+    working, process = evaluate([WORKING, PROCESS], [ours])
+    assert (working.ratio, working.low, working.high, working.over) == (490e6, 490e6, 490e6, "")
+    assert (working.met, process.met, process.ratio) == (True, False, 15e9)
+    assert (WORKING.show(490e6), WORKING.bound_text, PROCESS.show(15e9)) == ("0.49 GB", "≤ 0.7 GB", "15 GB")
+    assert WORKING.worse_by(0.7e9, 0.35e9) == pytest.approx(1.0)
+    (outcome,) = evaluate([WORKING], [row("ours", 3.0, 10**12) | {"memory_reason": "it died"}])
+    assert (outcome.ratio, outcome.reason, outcome.status) == (None, "it died", "skipped")
+    (outcome,) = evaluate([WORKING], [row("ours", None, status="refused", reason="wrong")])
+    assert (outcome.ratio, outcome.status) == (None, "refused")
 
 
 def test_a_bound_is_kept_up_to_and_including_it():
@@ -108,6 +144,19 @@ def test_the_margin_is_the_callers_and_bandwidth_falls():
     assert not judged(1.2, target=BANDWIDTH)[0].failed
     assert judged(1.3, 1.3, 1.3, target=BANDWIDTH)[0].failed
     assert not judged(0.7, target=BANDWIDTH)[0].failed
+
+
+def test_bytes_are_checked_against_those_before():
+    case = Case("case", "a case", (), ("step",), (WORKING,))
+    sizes = iter((700_000_000, 500_000_000))
+
+    def measure(cases):
+        return [row("ours", 1.0) | {"working_bytes": next(sizes)}]
+
+    before = [row("ours", 1.0) | {"working_bytes": 490_000_000}]
+    (verdict,) = check([case], before, 0.25, measure)
+    assert (verdict.failed, verdict.compared) == (False, True)
+    assert verdict.text == "0.5 GB, was 0.49 GB: 2% worse"
 
 
 def test_only_cases_that_fail_are_measured_again():

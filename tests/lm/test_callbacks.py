@@ -312,17 +312,17 @@ def test_stopping_before_training_began_is_no_error():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_stops_at_the_end_of_the_step(number, capsys):
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    callback, control = InterruptCallback(), TrainerControl()
+    callback, control, arguments = InterruptCallback(), TrainerControl(), TrainingArguments(use_cpu=True)
     try:
-        callback.on_train_begin(None, None, control)
-        callback.on_step_end(None, None, control)
+        callback.on_train_begin(arguments, None, control)
+        callback.on_step_end(arguments, None, control)
         assert not callback.interrupted
         assert not control.should_save
         os.kill(os.getpid(), number)
         assert callback.interrupted
         assert "Stopping at the end of this step, with a checkpoint" in capsys.readouterr().err
         assert not control.should_training_stop, "not in the middle of the step"
-        callback.on_step_end(None, None, control)
+        callback.on_step_end(arguments, None, control)
         assert control.should_save
         assert control.should_training_stop
         os.kill(os.getpid(), signal.SIGTERM)  # asking twice is no reason to lose the checkpoint

@@ -9,7 +9,7 @@ import torch
 
 from million_experts import PEER, ExpertUsage
 from million_experts.lm import figures
-from million_experts.lm.figures import loss_figure, usage_figure
+from million_experts.lm.figures import loss_figure, resources_figure, usage_figure
 
 HISTORY = [
     {"step": 1, "loss": 6.0},
@@ -121,3 +121,17 @@ def test_a_single_expert_and_a_million_are_drawn(tmp_path, drawn, usages):
 def test_figures_are_closed(tmp_path, usages):
     usage_figure(usages, "heading", tmp_path / "usage.png")
     assert figures.plt.get_fignums() == []
+
+
+def test_speed_and_memory_are_drawn_over_steps(tmp_path, drawn):
+    history = [
+        {"step": 10, "loss": 3.0, "seconds_per_step": 2.0, "memory_gb": 1.5},
+        {"step": 10, "eval_loss": 3.0},
+        {"step": 20, "loss": 2.0, "seconds_per_step": 0.5, "memory_gb": 2.5},
+    ]
+    resources_figure(history, 100, "title", tmp_path / "resources.png")
+    assert_picture(tmp_path / "resources.png")
+    speed, memory = (axes.lines[0].get_xydata().tolist() for axes in drawn[0].axes)
+    assert speed == [[10, 50], [20, 200]]
+    assert memory == [[10, 1.5], [20, 2.5]]
+    resources_figure([{"step": 1, "loss": 3.0}], 100, "title", tmp_path / "empty.png")

@@ -42,5 +42,7 @@ def test_a_folders_files_arrive_whole_beside_those_that_stand_there(tmp_path):
     with pytest.raises(OSError, match="No space"):
         save_whole(die, tmp_path)
     assert (tmp_path / "a").read_text() == "old"
-    save_whole(save, tmp_path)  # what the failed one left is no hindrance
+    assert not (tmp_path / ".partial").exists(), "half of it takes room"
+    save(tmp_path / ".partial")
+    save_whole(save, tmp_path)  # what a killed one left is no hindrance
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "new", "b": "new", "other": "stays"}

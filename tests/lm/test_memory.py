@@ -47,7 +47,10 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc/self/status")
-def test_the_estimate_is_near_the_peak_of_a_real_run(tmp_path):
+@pytest.mark.parametrize(
+    "changes", [{}, {"peer": {"sparse_grad": True}, "gradient_accumulation_steps": 3}], ids=str
+)
+def test_the_estimate_is_near_the_peak_of_a_real_run(tmp_path, changes):
     words = random.Random(0).choices(["tea", "at", "four", "or", "coffee", "then"], k=6_000)
     documents = [" ".join(words[at : at + 100]) for at in range(0, len(words), 100)]
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
@@ -61,7 +64,7 @@ def test_the_estimate_is_near_the_peak_of_a_real_run(tmp_path):
         report_to=["none"],
         output_dir=str(tmp_path / "run"),
         cache_dir=str(tmp_path / "cache"),
-    )
+    ).with_overrides(changes)
     settings.save(tmp_path / "settings.yaml")
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "datasets"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -73,8 +76,8 @@ def test_the_estimate_is_near_the_peak_of_a_real_run(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout) * 1024
-    ratio = estimate() / peak
-    assert 0.85 < ratio < 1.5, f"expected {estimate() / 1e6:.0f} MB, took {peak / 1e6:.0f} MB"
+    expected = estimate(**changes)
+    assert 0.85 < expected / peak < 1.5, f"expected {expected / 1e6:.0f} MB, took {peak / 1e6:.0f} MB"
 
 
 def test_the_state_of_the_tables_is_counted_exactly():
@@ -82,6 +85,22 @@ def test_the_state_of_the_tables_is_counted_exactly():
     rows = 3 * 65536 * 2 * 256  # weights, gradient and two moments of 4 bytes each; and 2 x 256 more sub-keys
     gate_mass = 2 * 4 * (3 * 65536) * 8  # two measurements of 4 heads in float64
     assert added == 16 * (rows + 2 * 256 * 16) + gate_mass
+
+
+def test_sparse_gradients_are_counted_by_the_picks():
+    sparse = {"sparse_grad": True}
+    rows = 3 * 65536 * 2 * 256
+    added = estimate(peer={"num_experts": 4 * 65536, **sparse}) - estimate(peer=sparse)
+    gate_mass = 2 * 4 * (3 * 65536) * 8
+    # Weights and two moments of the rows that came; no gradient, as the picks are no more.
+    assert added == 12 * rows + 16 * 2 * 256 * 16 + gate_mass
+    table, picked = 65536 * 2 * 256 * 4, 8 * 128 * 4 * 8 * 2 * 256 * 4
+    assert picked == table // 2
+    base = estimate() - table
+    assert estimate(peer=sparse) == base + picked
+    assert estimate(peer=sparse, batch_size=32) == estimate(batch_size=32), "every expert, at most"
+    for count, size in ((2, 2 * picked + table), (3, 3 * picked + table)):  # each, and their sum
+        assert estimate(peer=sparse, gradient_accumulation_steps=count) == base + size
 
 
 def test_what_takes_more_is_expected_to_take_more():

@@ -341,16 +341,14 @@ def test_the_state_says_which_step_it_is_of(trained):
 # Sparse gradients of the expert tables.
 
 
-def make_sparse_trainer(run, sparse_grad=True, num_experts=64, **arguments):
+def make_sparse_trainer(run, sparse_grad=True, num_experts=64, state=None, **arguments):
     model = make_model(peer={"sparse_grad": sparse_grad, "query_norm": "layer", "num_experts": num_experts})
     groups = parameter_groups(model, 1e-2, table_weight_decay=0.1)
     return make_trainer(
         run,
         model,
-        optimizer=RowwiseAdamW(groups),
-        gradient_accumulation_steps=2,
-        lr_scheduler_type="constant",
-        **arguments,
+        optimizer=RowwiseAdamW(groups, **(state or {})),
+        **{"gradient_accumulation_steps": 2, "lr_scheduler_type": "constant", **arguments},
     )
 
 
@@ -395,13 +393,35 @@ def test_rows_are_up_to_date_before_weights_are_evaluated_or_saved(tmp_path, mon
     assert not any(behind)
 
 
-def test_resuming_with_sparse_gradients_goes_the_same_way(tmp_path):
-    whole = make_sparse_trainer(tmp_path / "whole")
+# 16 micro-batches an epoch: by threes the epoch's last step has one of them, and resuming has to find that.
+@pytest.mark.parametrize(
+    ("accumulation", "state"),
+    [
+        (2, {}),
+        (2, {"momentum_dtype": torch.bfloat16, "second_moment": "row"}),
+        (3, {"momentum_dtype": torch.bfloat16}),
+    ],
+    ids=str,
+)
+def test_resuming_with_sparse_gradients_goes_the_same_way(tmp_path, accumulation, state):
+    def make(name):
+        options = {"gradient_accumulation_steps": accumulation, "lr_scheduler_type": "linear", "steps": 8}
+        return make_sparse_trainer(tmp_path / name, num_experts=4096, state=state, **options)
+
+    whole = make("whole")
     whole.train()
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed" / "checkpoint-6")
-    resumed = make_sparse_trainer(tmp_path / "resumed")
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / "resumed" / f"checkpoint-{step}")
+    resumed = make("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-4"))
-    assert logged(resumed, "loss")[-2:] == logged(whole, "loss")[-2:]
+    for name in ("loss", "grad_norm"):
+        assert len(logged(whole, name)) == 8
+        assert logged(resumed, name) == logged(whole, name)
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
+        states = whole.optimizer.state[one], resumed.optimizer.state[other]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    (table,) = (state for state in whole.optimizer.state.values() if "last_step" in state)
+    assert table["exp_avg"].dtype == state.get("momentum_dtype", torch.float32)

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from million_experts import PEER
 from million_experts.lm import data, report, training
 from million_experts.lm.data import load_test_stream
+from million_experts.lm.memory import resident_bytes
 from million_experts.lm.ngram import bigram_nats, unigram_nats
 from million_experts.lm.scoring import score_documents
 from million_experts.lm.settings import TrainSettings
@@ -109,8 +110,10 @@ def copy_of(finished, tmp_path):
         for number, checkpoint in list_checkpoints(run):
             if number > step:
                 shutil.rmtree(checkpoint)
-        for name in ("results.json", "loss.png", "expert_usage.png", "model.safetensors", "config.json"):
+        for name in ("results.json", "model.safetensors", "config.json"):
             (run / name).unlink()
+        for figure in run.glob("*.png"):
+            figure.unlink()
         return run
 
     return copy
@@ -118,7 +121,7 @@ def copy_of(finished, tmp_path):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    for name in ("loss_figure", "usage_figure"):
+    for name in ("loss_figure", "resources_figure", "usage_figure"):
         monkeypatch.setattr(report, name, lambda *arguments: None)
 
 
@@ -165,11 +168,17 @@ def test_the_history_holds_losses_and_usage(finished):
     for figure in ("expert_usage", "expert_unevenness", "expert_top_share"):
         assert list(losses(results, f"{figure}/model.layers.1.mlp")) == [8, 16]
     assert losses(results)[16] < losses(results)[1], "it learns"
+    assert list(losses(results, "seconds_per_step")) == list(range(1, 17))
+    assert all(0 < seconds < 60 for seconds in losses(results, "seconds_per_step").values())
+    here = resident_bytes() / 1e9
+    assert all(here / 4 < gb < 4 * here for gb in losses(results, "memory_gb").values())
+    assert results["tokens_per_step"] == 2 * 16 * 32
 
 
 def test_figures_are_pictures(finished):
     run, results, _ = finished
-    assert results["figures"] == [str(run / "loss.png"), str(run / "expert_usage.png")]
+    names = ("loss.png", "resources.png", "expert_usage.png")
+    assert results["figures"] == [str(run / name) for name in names]
     for path in results["figures"]:
         pixels = matplotlib.image.imread(path)
         assert min(pixels.shape[:2]) > 400
@@ -343,14 +352,15 @@ def test_the_plan_of_a_million_experts_takes_no_memory(folder, tmp_path, monkeyp
 def test_other_settings_train_too(folder, tmp_path, monkeypatch, expected, changes):
     if expected == 1:  # as in the shared run
         monkeypatch.setattr(report, "usage_figure", lambda usages, title, path: path.touch())
-        monkeypatch.setattr(report, "loss_figure", lambda *arguments: None)
+        for name in ("loss_figure", "resources_figure"):
+            monkeypatch.setattr(report, name, lambda *arguments: None)
     settings = make_settings(folder, tmp_path / "run", steps=3, **changes)
     results, _ = run_train(settings)
     assert losses(results)[3] < losses(results)[1]
     layers = len(results["expert_usage"])
     assert layers == expected
     assert (tmp_path / "run" / "expert_usage.png").exists() == (layers > 0)
-    assert len(results["figures"]) == 1 + (layers > 0)
+    assert len(results["figures"]) == 2 + (layers > 0)
     assert not list((tmp_path / "run").rglob("events*")), "report_to none"
     model = PeerForCausalLM.from_pretrained(tmp_path / "run")
     assert model.generate(torch.tensor([[0, 5]]), max_new_tokens=2, do_sample=False).shape[1] <= 4

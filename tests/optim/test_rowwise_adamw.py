@@ -140,7 +140,9 @@ def test_dense_gradients_get_the_bits_of_torch(dtype):
     ]
     theirs = copy.deepcopy(ours)
     a = RowwiseAdamW([{"params": ours[:1]}, {"params": ours[1:], "lr": 0.1}], weight_decay=0.1)
-    b = torch.optim.AdamW([{"params": theirs[:1]}, {"params": theirs[1:], "lr": 0.1}], weight_decay=0.1)
+    b = torch.optim.AdamW(
+        [{"params": theirs[:1]}, {"params": theirs[1:], "lr": 0.1}], weight_decay=0.1, fused=True
+    )
     schedules = [torch.optim.lr_scheduler.OneCycleLR(o, [0.1, 0.2], total_steps=6) for o in (a, b)]
     for i in range(5):
         for x, y in zip(ours, theirs, strict=True):

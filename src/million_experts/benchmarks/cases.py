@@ -1,53 +1,24 @@
 """What is measured, and what it should come to. Sizes are those of float32 on two cores."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from million_experts.benchmarks import parts, peers
+from million_experts.benchmarks.case import (
+    COMPILED,
+    DENSE,
+    MILLION,
+    MIXTRAL,
+    OURS,
+    PEER_PYTORCH,
+    PKM,
+    PROBES,
+    REFERENCE,
+    Case,
+)
+from million_experts.benchmarks.cases_steps import STEP_SWEEP_CASES, STEP_TARGET_CASES
 from million_experts.benchmarks.targets import Target
-from million_experts.benchmarks.workload import PHASES, Competitor
-
-OURS, REFERENCE, COMPILED = "million-experts", "reference", "torch.compile"
-PEER_PYTORCH, PKM, DENSE = "PEER-pytorch", "PKM, nn.EmbeddingBag", "dense"
-MIXTRAL = ("Mixtral, eager", "Mixtral, grouped_mm")
-PROBES = ("row read: kernel", "row read: embedding_bag", "row read: index_select")
-MILLION = 1024**2
-
-
-@dataclass(frozen=True)
-class Case:
-    """Competitors that are measured against each other.
-
-    Attributes:
-        competitors: those that come first stay when memory does not suffice for all.
-        targets: bounds on ratios within the case.
-        group: name of a set of cases that are asked for together; of targets, the case's own.
-        memory: measure peaks too; where only parts of layers meet, they would mean little.
-        repetitions: how many times as often as other cases; for those that take no time.
-        cold: each iteration begins with empty caches. A few tokens touch little memory, and in a model the
-            other layers have used the caches meanwhile; here it would depend on who was measured before.
-    """
-
-    name: str
-    title: str
-    competitors: tuple[Competitor, ...]
-    phases: tuple[str, ...] = PHASES
-    targets: tuple[Target, ...] = ()
-    group: str = ""
-    memory: bool = True
-    repetitions: int = 1
-    cold: bool = False
-
-    def quick(self) -> "Case":
-        """What the targets need, and nothing else."""
-        names = {name for target in self.targets for name in (target.ours, *target.over)}
-        phases = {target.phase for target in self.targets}
-        return replace(
-            self,
-            competitors=tuple(c for c in self.competitors if c.name in names),
-            phases=tuple(phase for phase in PHASES if phase in phases),
-            memory=any(target.quantity == "memory" for target in self.targets),
-        )
+from million_experts.benchmarks.workload import Competitor
 
 
 def layers(
@@ -257,6 +228,7 @@ TARGET_CASES = (
         "P7",
         False,
     ),
+    *STEP_TARGET_CASES,
 )
 
 COLD_TOKENS = 16
@@ -296,6 +268,7 @@ SWEEP_CASES = (
     *(_sweep("T", str(tokens), tokens=tokens) for tokens in (1, 16, 128, 512, 8192)),
     *(_sweep("k", str(k), experts_per_head=k) for k in (4, 8, 32)),
     *(_sweep("D", f"1024 at N={side}^2", dim=1024, num_experts=side**2) for side in (512, 1024)),
+    *STEP_SWEEP_CASES,
 )
 CASES = (*TARGET_CASES, *SWEEP_CASES)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from million_experts.benchmarks.cases import Case
+from million_experts.benchmarks.case import Case
 from million_experts.benchmarks.targets import Outcome, Row, Target, evaluate
 
 RETRIES = 2
@@ -75,8 +75,10 @@ def _judge(target: Target, now: Outcome, before: Outcome, margin: float) -> Verd
     if now.ratio is None:
         # A package that is not installed or a machine that is too small is no fault of the code.
         fault = now.status not in ("absent", "skipped")
-        return Verdict(target, f"was {before.ratio:.3g}, not measured now: {now.reason}", failed=fault)
+        return Verdict(
+            target, f"was {target.show(before.ratio)}, not measured now: {now.reason}", failed=fault
+        )
     worse = target.worse_by(now.ratio, before.ratio)
     change = f"{abs(worse):.0%} {'worse' if worse > 0 else 'better'}"
-    text = f"{now.ratio:.3g}, was {before.ratio:.3g}: {change}"
+    text = f"{target.show(now.ratio)}, was {target.show(before.ratio)}: {change}"
     return Verdict(target, text, failed=worse > margin, compared=True)

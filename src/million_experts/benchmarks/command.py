@@ -25,8 +25,9 @@ def bench(
     cases: Annotated[
         str | None,
         typer.Option(
-            help="Cases by name, separated by commas: P1, P1g, P2, P2s, P3 ... P7 have targets, N, T, k and "
-            "D are sweeps over the pool, the tokens, the experts a head and the width. By default all.",
+            help="Cases by name, separated by commas: P1, P1g, P2, P2s, P3 ... P7 and S1 ... S5 (training "
+            "with sparse gradients) have targets; N, T, k and D are sweeps over the pool, the tokens, the "
+            "experts a head and the width, steps is one of training steps over the pool. By default all.",
             show_default=False,
         ),
     ] = None,
@@ -119,12 +120,11 @@ def _print_targets(found: "list[Outcome]", console: Console) -> None:
         table.add_column(column, justify="right" if column in ("ratio", "bound") else "left")
     for outcome in found:
         target = outcome.target
-        bound = f"{'≥' if target.at_least else '≤'} {target.bound:.3g}"
         if outcome.ratio is None:
-            table.add_row(target.name, "-", bound, "not measured", outcome.reason)
+            table.add_row(target.name, "-", target.bound_text, "not measured", outcome.reason)
         else:
             met = "met" if outcome.met else "[red]not met[/red]"
-            table.add_row(target.name, f"{outcome.ratio:.3g}", bound, met, outcome.over)
+            table.add_row(target.name, target.show(outcome.ratio), target.bound_text, met, outcome.over)
     console.print(table)
 
 

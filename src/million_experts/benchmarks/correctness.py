@@ -1,11 +1,15 @@
 """No time without a right result: a competitor is compared with its truth at the very case."""
 
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from million_experts.benchmarks.workload import Workload, draw_inputs
+from million_experts.benchmarks.optimizers import Rowwise
+from million_experts.benchmarks.workload import Workload, draw_inputs, draw_upstream, run_once
+from million_experts.optim.clip import merge_repeated_rows
 
 # Largest error against the largest value, and norm of the error against the norm. Whole layers in float32:
 # the rounding of scores of size 3 moves gates by some 1e-6, and gradients add 2048 tokens of both signs.
@@ -18,9 +22,12 @@ AMBIGUOUS = 0.25
 def compare(actual: Workload, truth: Workload, training: bool, seed: int = 0) -> str | None:
     """What differs between a competitor's result and the truth: outputs and, in training, all gradients.
 
+    A sparse gradient must have the truth's values at its rows, and the truth zeros at all others.
+
     Returns:
         The first difference in words, or None.
     """
+    actual, truth = actual.part or actual, truth.part or truth
     inputs, clear = _clear_inputs(truth, training, seed)
     for workload in (actual, truth):
         workload.module.train(training)
@@ -33,6 +40,31 @@ def compare(actual: Workload, truth: Workload, training: bool, seed: int = 0) ->
     for (name, grad), expected in zip(grads.items(), expected_grads.values(), strict=True):
         if difference := _difference(f"gradient of {name}", grad, expected):
             return difference
+    return None
+
+
+def compare_steps(workload: Workload, seed: int = 0) -> str | None:
+    """What differs, in any bit, between a step taken in the backward pass and one that comes after it.
+
+    The first is taken by a copy, the second by the workload itself. Other optimisers have nothing to differ.
+
+    Returns:
+        The first difference in words, or None.
+    """
+    if not isinstance(workload.optimizer, Rowwise) or not workload.optimizer.in_backward:
+        return None
+    twin = replace(workload, module=copy.deepcopy(workload.module))
+    upstream = draw_upstream(draw_inputs(workload, seed, True))
+    for one, training in ((twin, workload.optimizer), (workload, workload.optimizer.apart())):
+        one.module.train()
+        optimizer = training(one.module)
+        run_once(one, "step", draw_inputs(one, seed, True), upstream, optimizer)
+        del optimizer
+    expected = dict(workload.module.named_parameters())
+    for name, parameter in twin.module.named_parameters():
+        pairs = zip(_blocks(parameter.detach()), _blocks(expected[name].detach()), strict=True)
+        if not all(torch.equal(a, b) for a, b in pairs):
+            return f"{name} after a step in the backward pass is not what a step after it makes"
     return None
 
 
@@ -85,6 +117,10 @@ def _difference(name: str, actual: Tensor, expected: Tensor) -> str | None:
     if actual.shape != expected.shape:
         return f"{name} has shape {list(actual.shape)}, not {list(expected.shape)}"
     largest = error = norm = error_norm = 0.0
+    if actual.is_sparse:
+        actual = merge_repeated_rows(actual)
+        if (row := _row_left_out(actual, expected)) is not None:
+            return f"{name} leaves out row {row}, which is not zero"
     for a, e in zip(_blocks(actual), _blocks(expected), strict=True):
         difference = a.float() - e.float()
         if not bool(torch.isfinite(difference).all()):
@@ -104,5 +140,45 @@ def _difference(name: str, actual: Tensor, expected: Tensor) -> str | None:
     return None
 
 
+def _row_left_out(sparse: Tensor, expected: Tensor) -> int | None:
+    """A row that is not in a merged sparse tensor and has something else than zeros in a dense one."""
+    rows = sparse._indices()[0]
+    for start, block in _row_blocks(expected):
+        out = torch.ones(len(block), dtype=torch.bool)
+        out[rows[_within(rows, start, len(block))] - start] = False
+        out &= block.flatten(1).ne(0).any(1)
+        if bool(out.any()):
+            return start + int(out.nonzero()[0])
+    return None
+
+
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    return iter(tensor.reshape(-1).split(BLOCK)) if tensor.numel() else iter(())
+    """All numbers of a dense tensor or of a merged sparse one, some at a time and as a dense tensor's."""
+    if not tensor.numel():
+        return
+    if not tensor.is_sparse:
+        yield from (block.reshape(-1) for _, block in _row_blocks(tensor))
+        return
+    rows, values = tensor._indices()[0], tensor._values()
+    for start, count in _row_ranges(tensor):
+        own = _within(rows, start, count)
+        block = values.new_zeros(count, *tensor.shape[1:])
+        block[rows[own] - start] = values[own]
+        yield block.reshape(-1)
+
+
+def _row_blocks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    if tensor.dim() == 0:
+        tensor = tensor.reshape(1)
+    for start, count in _row_ranges(tensor):
+        yield start, tensor[start : start + count]
+
+
+def _row_ranges(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    step = max(1, BLOCK * len(tensor) // tensor.numel())
+    return ((start, min(step, len(tensor) - start)) for start in range(0, len(tensor), step))
+
+
+def _within(ascending: Tensor, start: int, count: int) -> slice:
+    """Where the rows start ... start + count - 1 are."""
+    return slice(*torch.searchsorted(ascending, torch.tensor([start, start + count])).tolist())

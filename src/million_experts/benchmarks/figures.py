@@ -8,8 +8,7 @@ from typing import Any
 import matplotlib
 
 from million_experts.benchmarks import cases
-from million_experts.benchmarks.cases import (
-    CENTRE,
+from million_experts.benchmarks.case import (
     COMPILED,
     DENSE,
     MIXTRAL,
@@ -18,6 +17,8 @@ from million_experts.benchmarks.cases import (
     PKM,
     REFERENCE,
 )
+from million_experts.benchmarks.cases import CENTRE
+from million_experts.benchmarks.cases_steps import DENSE_GRADIENTS, SMALL, SPARSE
 from million_experts.benchmarks.report import format_bytes, format_seconds, outcomes
 from million_experts.benchmarks.targets import Row
 
@@ -35,18 +36,38 @@ STYLES = {
     MIXTRAL[0]: ("#b03a48", "^"),
     MIXTRAL[1]: ("#e8a0a8", "v"),
     DENSE: ("#777777", "x"),
+    SPARSE: ("#2a6fb0", "o"),
+    SMALL: ("#8e6bb0", "D"),
+    DENSE_GRADIENTS: ("#7fb2dc", "^"),
 }
+# Lines that the figures are about.
+BOLD = (OURS, SPARSE)
+
+# Phase, what is plotted of its rows, title, and how that is written.
+Panel = tuple[str, str, str, Callable[[float], str]]
+PANELS: tuple[Panel, ...] = (
+    ("forward", "median_s", "inference: time of a forward pass", format_seconds),
+    ("step", "median_s", "training: time of a step", format_seconds),
+    ("step", "peak_bytes", "training: peak memory above the start", lambda size: format_bytes(round(size))),
+)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a figure has on its horizontal axis."""
+    """What a figure has on its horizontal axis, and which panels.
+
+    Attributes:
+        central: the central case of the sweeps lies on this one too.
+    """
 
     group: str
     argument: str
     label: str
     tick: Callable[[float], str]
     about: str
+    panels: tuple[Panel, ...] = PANELS
+    precision: str = "float32"
+    central: bool = True
 
 
 SWEEPS = (
@@ -61,11 +82,16 @@ SWEEPS = (
         lambda k: f"{8 * k:.0f}",
         "dim 256, N=512², T=2048",
     ),
-)
-PANELS = (
-    ("forward", "median_s", "inference: time of a forward pass", format_seconds),
-    ("step", "median_s", "training: time of a step", format_seconds),
-    ("step", "peak_bytes", "training: peak memory above the start", lambda size: format_bytes(round(size))),
+    Sweep(
+        "steps",
+        "num_experts",
+        "experts in the pool, N",
+        lambda n: f"{round(n**0.5)}²",
+        "dim 256, k=16, T=1024",
+        PANELS[1:],
+        "float32 unless said",
+        central=False,
+    ),
 )
 
 
@@ -82,20 +108,21 @@ def draw_figures(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def sweep_figure(sweep: Sweep, rows: Iterable[Row], path: Path) -> bool:
-    """A panel each for the time of inference, of a training step, and its memory; False with no points."""
+    """A panel each for times and memory; False where there are no two points."""
     points = [row for row in rows if row["status"] == "measured" and _on_sweep(sweep, row)]
     # Layers without experts have no N and no k: theirs are those of the case that they were measured in.
     places = {row["case"]: row["shape"][sweep.argument] for row in points if sweep.argument in row["shape"]}
-    if len(places) < 2:
+    if len(set(places.values())) < 2:
         return False
-    figure, panels = plt.subplots(1, len(PANELS), figsize=(13.5, 4.6), layout="constrained")
-    for axes, (phase, quantity, title, text) in zip(panels, PANELS, strict=True):
+    size = (4.5 * len(sweep.panels), 4.6)
+    figure, panels = plt.subplots(1, len(sweep.panels), figsize=size, layout="constrained")
+    for axes, (phase, quantity, title, text) in zip(panels, sweep.panels, strict=True):
         for name, (color, marker) in STYLES.items():
             line = _line(points, places, name, phase, quantity)
             if not line:
                 continue
             x = [place for place, _ in line]
-            width = 2.4 if name == OURS else 1.4
+            width = 2.4 if name in BOLD else 1.4
             axes.plot(
                 x, [row[quantity] for _, row in line], color=color, marker=marker, lw=width, ms=5, label=name
             )
@@ -118,8 +145,11 @@ def sweep_figure(sweep: Sweep, rows: Iterable[Row], path: Path) -> bool:
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(f"{sweep.about}, 8 heads, float32; bands lie between the quartiles", fontsize=11)
+    columns = 4 if len(sweep.panels) > 2 else 2
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    figure.suptitle(
+        f"{sweep.about}, 8 heads, {sweep.precision}; bands lie between the quartiles", fontsize=11
+    )
     _save(figure, path)
     return True
 
@@ -136,9 +166,11 @@ def _line(
 
 
 def _on_sweep(sweep: Sweep, row: Row) -> bool:
-    """A point of the sweep itself, or the central case, which lies on all of them."""
+    """A point of the sweep itself, or the central case, which lies on several."""
+    if row.get("group") == sweep.group:
+        return True
     centre = next(c.name for c in cases.SWEEP_CASES if _is_centre(c.competitors[0].arguments))
-    return row.get("group") == sweep.group or row["case"] == centre
+    return sweep.central and row["case"] == centre
 
 
 def _is_centre(shape: Mapping[str, Any]) -> bool:
@@ -158,11 +190,10 @@ def targets_figure(rows: Sequence[Row], path: Path) -> bool:
         times = [1 + target.worse_by(value, target.bound) for value in (ratio, outcome.low, outcome.high)]
         axes.plot(times[:1], [place], "o", color=color, ms=8)
         axes.hlines(place, min(times), max(times), color=color, lw=2, zorder=0)
-        sign = "≥" if target.at_least else "≤"
         axes.text(
             1.02,
             place,
-            f"{ratio:.3g}, target {sign} {target.bound:.3g}",
+            f"{target.show(ratio)}, target {target.bound_text}",
             color=color,
             va="center",
             transform=axes.get_yaxis_transform(),

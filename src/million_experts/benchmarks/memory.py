@@ -6,6 +6,7 @@ than was needed. Hence each competitor runs in a fresh process, where only its o
 
 import ctypes
 import gc
+import importlib
 import math
 import multiprocessing
 import os
@@ -15,22 +16,40 @@ from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from million_experts.benchmarks.optimizers import AdamW, settle
 from million_experts.benchmarks.workload import (
     Competitor,
     Unavailable,
+    Workload,
     draw_inputs,
+    draw_upstream,
     prepare,
     run_once,
 )
+from million_experts.ops import available_backends
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # glibc keeps freed blocks up to 32 MiB for later, by a threshold that adapts to what a program does. Fixed at
 # 1 MiB, resident memory is what is in use.
 _MMAP_THRESHOLD = ("MALLOC_MMAP_THRESHOLD_", str(2**20))
+
+
+class Peak(NamedTuple):
+    """Bytes of resident memory at the peak of a phase.
+
+    Attributes:
+        added: above the start, which is the process with the weights built and nothing run.
+        working: above weights and optimiser state; None where the workload names no optimiser.
+        process: all that the process has held until the end of the phase, building included.
+    """
+
+    added: int
+    working: int | None
+    process: int
 
 
 def can_measure() -> bool:
@@ -58,11 +77,17 @@ def release() -> None:
         trim(0)
 
 
-def measure_peaks(competitor: Competitor, phases: Sequence[str], threads: int) -> dict[str, int]:
-    """Bytes above the start at the peak of each phase, measured in a new process.
+def _release_kept() -> None:
+    """Frees the buffers that the kernels keep: of what a step works with, nothing is there before it."""
+    if available_backends()["cpu"] is None:
+        importlib.import_module("million_experts.ops.cpu").release_buffers()
+    release()
 
-    The start is the resident memory with the weights built and nothing run. What a phase leaves behind
-    counts in the next one: a buffer that is kept is memory too.
+
+def measure_peaks(competitor: Competitor, phases: Sequence[str], threads: int) -> dict[str, Peak]:
+    """The peak of each phase, measured in a new process.
+
+    What a phase leaves behind counts in the next one: a buffer that is kept is memory too.
 
     Raises:
         Unavailable: the competitor cannot be built, or its process ended early.
@@ -95,7 +120,7 @@ def _measure_and_send(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it
     torch.set_num_threads(threads)
-    answer: dict[str, int] | str
+    answer: dict[str, Peak] | str
     try:
         answer = peaks(competitor, phases)
     except Exception as error:
@@ -104,7 +129,7 @@ def _measure_and_send(
     sender.close()
 
 
-def peaks(competitor: Competitor, phases: Iterable[str]) -> dict[str, int]:
+def peaks(competitor: Competitor, phases: Iterable[str]) -> dict[str, Peak]:
     """`measure_peaks` in this process, which should be a fresh one."""
     torch.manual_seed(0)
     phases = tuple(phases)
@@ -114,18 +139,30 @@ def peaks(competitor: Competitor, phases: Iterable[str]) -> dict[str, int]:
     workload = competitor.build({}, **competitor.arguments)
     if competitor.warm_up_in_full:
         for phase in phases:
-            if phase != "step":
+            if phase not in ("step", "update"):
                 _iterate(workload, phase, None, 1)
     release()
     start = resident_bytes()
+    highest = resident_bytes("VmHWM")
     found = {}
     for phase in phases:
         optimizer = prepare(workload, phase)
         release()
         reset_peak()
+        ready = None
+        if optimizer is not None and workload.optimizer is not None:
+            _iterate(workload, phase, optimizer, 1)
+            settle(optimizer)
+            highest = max(highest, resident_bytes("VmHWM"))
+            _release_kept()
+            ready = resident_bytes()
+            reset_peak()
         # The first step makes the optimiser's state, the second has it beside everything else.
         _iterate(workload, phase, optimizer, 2)
-        found[phase] = max(0, resident_bytes("VmHWM") - start)
+        peak = resident_bytes("VmHWM")
+        highest = max(highest, peak)
+        working = None if ready is None else max(0, peak - ready)
+        found[phase] = Peak(max(0, peak - start), working, highest)
         del optimizer
     return found
 
@@ -137,12 +174,12 @@ def _warm_up(competitor: Competitor, phases: Iterable[str]) -> None:
         _iterate(workload, phase, prepare(workload, phase), 2)
 
 
-def _iterate(workload: Any, phase: str, optimizer: torch.optim.Optimizer | None, count: int) -> None:
+def _iterate(workload: Workload, phase: str, optimizer: torch.optim.Optimizer | None, count: int) -> None:
     training = phase != "forward"
     workload.module.train(training)
     for seed in range(count):
         inputs = draw_inputs(workload, seed, training)
-        run_once(workload, phase, inputs, torch.randn_like(inputs[0]) if training else None, optimizer)
+        run_once(workload, phase, inputs, draw_upstream(inputs) if training else None, optimizer)
 
 
 def estimate_bytes(
@@ -160,17 +197,19 @@ def estimate_bytes(
         workload = competitor.build({}, **competitor.arguments)
     weights = sum(p.numel() * p.element_size() for p in workload.module.parameters())
     kept = 0 if competitor.share_key in alive else weights
-    working = weights if phase != "forward" else 0  # gradients
-    if phase == "step":
-        kept += 2 * weights
-        working += weights  # AdamW's temporaries, of the size of the largest table
     shape = competitor.arguments
+    working = weights if phase == "backward" else 0  # gradients
+    if phase in ("step", "update"):
+        picks = shape["tokens"] * shape.get("num_heads", 1) * shape.get("experts_per_head", 0)
+        state, working = (workload.optimizer or AdamW()).estimate(workload.module, picks)
+        kept += state
     if competitor.gathers:
         chosen = shape["num_heads"] * shape["experts_per_head"]
         working += competitor.gathers * shape["tokens"] * chosen * shape["dim"] * 4
-    # Scores of all sub-keys, activations and their gradients.
+    # Scores of all sub-keys, activations and their gradients; those of a language model, and its logits.
     sub_keys = 2 * shape.get("num_heads", 1) * math.isqrt(shape.get("num_experts", 1))
-    working += 4 * 4 * shape["tokens"] * (sub_keys + 8 * shape["dim"])
+    blocks, logits = shape.get("blocks", 1), shape.get("vocab_size", 0)
+    working += 4 * 4 * shape["tokens"] * (sub_keys + 8 * blocks * shape["dim"] + logits)
     return kept, working
 
 

@@ -61,7 +61,7 @@ def outcomes(rows: Iterable[Row]) -> list[Outcome]:
 LEGEND = """\
 N experts in the pool, H heads of k experts each, K = H*k experts a token, T tokens; float32, GELU, no GLU
 unless said. A ratio is our median over that of the fastest competitor it names, in one process that gave
-them turns.
+them turns. GB are 10^9 bytes.
 
 - *million-experts*: `PEER` with the C++ kernels; *reference*: the same layer in plain PyTorch;
   *torch.compile*: a straightforward PEER layer of gathers and einsums, compiled.
@@ -69,7 +69,10 @@ them turns.
 - *Mixtral*: the sparse block of transformers, 2 of 4 experts, eager or with `grouped_mm`.
 - *dense*: two linear layers with GELU between them; its width is in `results.jsonl`, as are all shapes.
 - *PKM*: a product-key memory, values instead of neurons, by `nn.EmbeddingBag`; it computes less than PEER.
-- *Zipf picks*: expert n is picked with a probability in proportion to 1/n."""
+- *Zipf picks*: expert n is picked with a probability in proportion to 1/n; *uniform picks*: all alike.
+- *sparse*: `PEER(sparse_grad=True)` and `RowwiseAdamW`; *in backward*: with `fuse_into_backward`; *bfloat16*:
+  table and momentum in bfloat16, one second moment a row. In the cases of training steps (S, steps) dense
+  gradients go to torch's AdamW with `fused=True`, in all others to AdamW as it is by default."""
 
 
 def markdown(rows: Sequence[Row], figures: Iterable[str] = ()) -> str:
@@ -109,14 +112,15 @@ def _targets_table(found: Sequence[Outcome]) -> str:
     ]
     for outcome in found:
         target = outcome.target
-        bound = f"{'≥' if target.at_least else '≤'} {target.bound:.3g}"
+        bound = target.bound_text
         title = f"{target.name}: {target.title}" if target.name not in target.title else target.title
         if outcome.ratio is None:
             lines.append(f"| {title} | — | — | {bound} | not measured | {_cell(outcome.reason)} |")
             continue
-        spread = "—" if target.quantity == "memory" else f"{outcome.low:.3g} to {outcome.high:.3g}"
+        spread = "—" if target.of_memory else f"{outcome.low:.3g} to {outcome.high:.3g}"
         met = "met" if outcome.met else "**not met**"
-        lines.append(f"| {title} | {outcome.ratio:.3g} | {spread} | {bound} | {met} | {outcome.over} |")
+        ratio = target.show(outcome.ratio)
+        lines.append(f"| {title} | {ratio} | {spread} | {bound} | {met} | {outcome.over or '—'} |")
     return "\n".join(lines)
 
 
@@ -139,6 +143,8 @@ def _case_table(rows: Sequence[Row]) -> str:
             line += f" {times[0]} ({times[1]} – {times[2]}) | {row['repetitions']} |"
             if memory:
                 line += f" {format_bytes(row['peak_bytes'])} |"
+            if further := _further(row):
+                notes.append(f"- {name}, {row['phase']}: {further}")
             if row.get("memory_reason"):
                 notes.append(f"- {name}, {row['phase']}: memory: {_cell(row['memory_reason'])}")
         lines.append(line)
@@ -146,6 +152,18 @@ def _case_table(rows: Sequence[Row]) -> str:
     if load >= BUSY:
         notes.append(f"- Other processes kept up to {load:.1f} cores busy: these times are too long.")
     return "\n".join(lines) + ("\n\n" + "\n".join(dict.fromkeys(notes)) if notes else "")
+
+
+def _further(row: Row) -> str:
+    """What few rows have."""
+    parts = []
+    if row.get("touched"):
+        parts.append(f"{row['touched']:,} rows of the table touched")
+    if row.get("working_bytes") is not None:
+        parts.append(f"memory above weights and optimiser state {format_bytes(row['working_bytes'])}")
+    if row.get("process_bytes") is not None and row.get("working_bytes") is not None:
+        parts.append(f"of the whole process {format_bytes(row['process_bytes'])}")
+    return ", ".join(parts)
 
 
 def format_seconds(seconds: float) -> str:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from million_experts.benchmarks import memory
-from million_experts.benchmarks.cases import Case
-from million_experts.benchmarks.correctness import check_sanity, compare
+from million_experts.benchmarks.case import Case
+from million_experts.benchmarks.correctness import check_sanity, compare, compare_steps
 from million_experts.benchmarks.machine import OtherLoad
 from million_experts.benchmarks.timing import Times, interleave, make_run, summarise, warm_up
-from million_experts.benchmarks.workload import Competitor, Unavailable, Workload
+from million_experts.benchmarks.workload import Competitor, Unavailable, Workload, draw_inputs
 from million_experts.lm.memory import available_memory
 
 # Of the memory that is available, what the estimate may claim: it is an estimate.
@@ -104,9 +104,17 @@ class CaseRunner:
         rows = []
         for competitor in self.case.competitors:
             status, reason = self.out.get(competitor.name) or skipped.get(competitor.name) or ("measured", "")
-            rows.append(self._row(competitor, phase, status, reason, times.get(competitor.name)))
-            rows[-1]["other_load"] = round(others.cores, 2)
+            row = self._row(competitor, phase, status, reason, times.get(competitor.name))
+            row["other_load"] = round(others.cores, 2)
+            if status == "measured":
+                row["touched"] = self._touched(competitor.name)
+            rows.append(row)
         return rows
+
+    def _touched(self, name: str) -> int | None:
+        """Rows of expert tables that the first iteration that counts has touched."""
+        workload = self.workloads[name]
+        return workload.touched(draw_inputs(workload, 1, False)) if workload.touched is not None else None
 
     def _admit(self, phase: str) -> tuple[list[Competitor], dict[str, tuple[str, str]]]:
         """Those whose memory suffices beside that of those before them, and why the others are skipped."""
@@ -120,14 +128,16 @@ class CaseRunner:
                 continue
             try:
                 own, working = memory.estimate_bytes(competitor, phase, alive)
+                checked = working
+                if competitor.truth is not None and phase != "forward":
+                    # To compare gradients, its own and those of its truth have to be there together.
+                    checked += max(working, memory.estimate_bytes(competitor.truth, phase)[1])
             except Unavailable as error:
                 self.out[competitor.name] = ("absent", str(error))
                 continue
             except Exception as error:
                 self._fail(competitor.name, error)
                 continue
-            # To compare gradients, those of the competitor and of its truth have to be there together.
-            checked = 2 * working if competitor.truth is not None and phase != "forward" else working
             need = kept + own + max(most_working, checked)
             if available is not None and need > MEMORY_SHARE * available:
                 beside = " beside those before it" if fits else ""
@@ -168,6 +178,8 @@ class CaseRunner:
                     truth = competitor.truth.build(self.shared, **competitor.truth.arguments)
                     wrong = compare(workload, truth, training)
                     del truth
+                if wrong is None and training:
+                    wrong = compare_steps(workload)
             except Exception as error:
                 self._fail(competitor.name, error)
                 continue
@@ -190,7 +202,9 @@ class CaseRunner:
                 try:
                     peaks = memory.measure_peaks(competitor, [row["phase"] for row in own], self.threads)
                     for row in own:
-                        row["peak_bytes"] = peaks[row["phase"]]
+                        peak = peaks[row["phase"]]
+                        row["peak_bytes"], row["working_bytes"] = peak.added, peak.working
+                        row["process_bytes"] = peak.process
                 except Unavailable as error:
                     reason = str(error)
             for row in own:
@@ -233,7 +247,10 @@ class CaseRunner:
             "q1_s": None,
             "q3_s": None,
             "repetitions": 0,
+            "touched": None,
             "peak_bytes": None,
+            "working_bytes": None,
+            "process_bytes": None,
             "memory_reason": "",
         }
         if times is not None:

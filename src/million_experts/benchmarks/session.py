@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 from million_experts.benchmarks import machine
-from million_experts.benchmarks.cases import Case
+from million_experts.benchmarks.case import Case
 from million_experts.benchmarks.figures import draw_figures
 from million_experts.benchmarks.report import ROWS_FILE, merge, read_rows, write_results
 from million_experts.benchmarks.runner import QUICK, SWEEP, CaseRunner, Effort, Row

@@ -1,5 +1,6 @@
 """What is measured: a competitor by description, and the module that it is built into."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from million_experts.benchmarks.optimizers import AdamW, Training
+
+# Those of a case that says nothing else.
 PHASES = ("forward", "backward", "step")
 PHASE_TITLES = {
     "forward": "forward (inference)",
     "backward": "forward + backward (training)",
-    "step": "training step (forward + backward + AdamW)",
+    "step": "training step (forward + backward + optimiser)",
+    "update": "training step without its forward pass",
 }
 
 # Bounds of a copy that is small enough to run for no other purpose than to load libraries and start threads.
@@ -23,6 +28,8 @@ _TINY = {
     "width": 32,
     "tokens": 8,
     "K": 8,
+    "context": 4,
+    "vocab_size": 64,
 }
 
 
@@ -41,12 +48,20 @@ class Workload:
         like_tokens: the result has the shape of the tokens. False for probes, which are no layers.
         ambiguous: for inputs and "training?", which tokens [T] a correct layer may treat differently:
             experts at the border of the top k that score the same up to rounding. None where there are none.
+        optimizer: makes the optimiser of a training step, whose state is there in full before anything is
+            timed. None for torch's AdamW, and its state as it comes.
+        touched: how many rows of expert tables, each counted once, an iteration with these inputs touches.
+        part: what stands for it where results are compared with the truth: its layer in the case of a whole
+            model, in which rounding in one block decides what the next retrieves.
     """
 
     module: nn.Module
     draw: Callable[[torch.Generator], tuple[Tensor, ...]]
     like_tokens: bool = True
     ambiguous: Callable[[tuple[Tensor, ...], bool], Tensor] | None = None
+    optimizer: Training | None = None
+    touched: Callable[[tuple[Tensor, ...]], int] | None = None
+    part: "Workload | None" = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,7 @@ class Competitor:
 
 def share_key(shares: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     """See `Competitor.share_key`."""
-    own = ("backend", "tokens", "picks", "K", "how")
+    own = ("backend", "tokens", "picks", "K", "how", "optimizer")
     return (shares, *sorted((name, value) for name, value in arguments.items() if name not in own))
 
 
@@ -105,28 +120,40 @@ def draw_inputs(workload: Workload, seed: int, training: bool) -> tuple[Tensor, 
     return inputs
 
 
+def draw_upstream(inputs: tuple[Tensor, ...]) -> Tensor | None:
+    """A random gradient of the output, which is like the tokens; None for a loss, which is of token ids."""
+    return torch.randn_like(inputs[0], requires_grad=False) if inputs[0].is_floating_point() else None
+
+
 def run_once(
     workload: Workload,
     phase: str,
     inputs: tuple[Tensor, ...],
     upstream: Tensor | None,
     optimizer: torch.optim.Optimizer | None,
-) -> None:
-    """One iteration of a phase, as it is timed. It leaves no gradients: to free them is part of the cost."""
+) -> float:
+    """One iteration of a phase; the seconds that count.
+
+    It leaves no gradients: to free them is part of the cost.
+    """
+    start = time.perf_counter()
     if phase == "forward":
         with torch.no_grad():
             workload.module(*inputs)
-        return
-    workload.module(*inputs).backward(upstream)
+        return time.perf_counter() - start
+    y = workload.module(*inputs)
+    if phase == "update":
+        start = time.perf_counter()
+    y.backward(upstream)
     if optimizer is not None:
         optimizer.step()
     workload.module.zero_grad(set_to_none=True)
+    return time.perf_counter() - start
 
 
 def prepare(workload: Workload, phase: str) -> torch.optim.Optimizer | None:
     """Sets the mode of the phase; the optimiser that it takes."""
     workload.module.train(phase != "forward")
-    if phase != "step":
+    if phase not in ("step", "update"):
         return None
-    # A small rate: the gradients are of random numbers, and hundreds of steps must leave sound weights.
-    return torch.optim.AdamW(workload.module.parameters(), lr=1e-5)
+    return (workload.optimizer or AdamW())(workload.module)

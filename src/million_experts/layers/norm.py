@@ -1,6 +1,7 @@
 """Batch normalisation whose statistics leave padded tokens out."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from million_experts._typing import Bool, Float
@@ -22,6 +23,8 @@ class MaskedBatchNorm(nn.Module):
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.synchronised = False
+        self._group: dist.ProcessGroup | None = None
         self.weight = nn.Parameter(torch.empty(num_features))
         self.bias = nn.Parameter(torch.empty(num_features))
         self.register_buffer("running_mean", torch.empty(num_features, dtype=torch.float32))
@@ -35,6 +38,19 @@ class MaskedBatchNorm(nn.Module):
         nn.init.zeros_(self.running_mean)
         nn.init.ones_(self.running_var)
         nn.init.zeros_(self.num_batches_tracked)
+
+    def synchronise(self, group: "dist.ProcessGroup | None" = None) -> None:
+        """From now on statistics are those of the real tokens of all ranks, or of a group of them.
+
+        Needs `torch.distributed` to be initialised, and every rank to run the module equally often in
+        training, with whatever number of tokens, none included. Without several ranks nothing changes.
+        """
+        self.synchronised, self._group = True, group
+
+    @property
+    def over_ranks(self) -> bool:
+        """Whether statistics are taken over several ranks here and now."""
+        return self.synchronised and dist.is_initialized() and dist.get_world_size(self._group) > 1
 
     def _apply(self, fn, recurse=True):
         before = self.running_mean, self.running_var
@@ -60,18 +76,46 @@ class MaskedBatchNorm(nn.Module):
         during backward.
 
         Raises:
-            ValueError: fewer than two real tokens in training (none at all in an empty batch is fine).
+            ValueError: fewer than two real tokens in training (none at all in an empty batch is fine); of all
+                ranks together where they are synchronised.
         """
+        if self.training and self.over_ranks:
+            return self._forward_over_ranks(x, mask)
         if self.training and x.shape[0] > 0:
             count = self._count(mask, x)
             y, mean, variance = masked_batch_norm(x, mask, self.weight, self.bias, self.eps, backend)
-            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-                self._update(mean, variance, count)
+            self._update(mean, variance, count)
             return y
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean, variance = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
+        return self._normalise(x, self.running_mean.to(x.dtype), self.running_var.to(x.dtype))
+
+    def _normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         scale = torch.rsqrt(variance + self.eps) * self.weight.to(x.dtype)
         return (x - mean) * scale + self.bias.to(x.dtype)
+
+    def _forward_over_ranks(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        real = torch.ones(len(x), dtype=torch.bool, device=x.device) if mask is None else mask
+        # The count travels with the sums: exact, whatever their dtype.
+        count = real.sum().to(torch.float64)
+        sums = torch.where(real[:, None], x, 0).sum(0, dtype=torch.float64)
+        totals = self._sum_over_ranks(torch.cat([sums, count[None]]))
+        count = totals[-1].detach()
+        if not torch.compiler.is_compiling() and count < 2:
+            raise ValueError(
+                f"{_TOO_FEW}, of all ranks together, got {int(count)}; eval mode or query_norm='layer' take "
+                "any number"
+            )
+        mean = (totals[:-1] / count).to(x.dtype)
+        squares = torch.where(real[:, None], x - mean, 0).square().sum(0, dtype=torch.float64)
+        variance = (self._sum_over_ranks(squares) / count).to(x.dtype)
+        self._update(mean, variance, count)
+        return self._normalise(x, mean, variance)
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, through which gradients flow: a rank's tokens move the statistics of all."""
+        total: Tensor = _SumOverRanks.apply(tensor, self._group)
+        return total
 
     def _count(self, mask: Tensor | None, x: Tensor) -> Tensor | int:
         """How many tokens are real; raises where they are too few for statistics."""
@@ -91,12 +135,29 @@ class MaskedBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # gradient checkpointing repeats a forward pass that was counted
         if isinstance(count, Tensor):
             count = count.to(var.dtype)  # a quotient of integers would be float32
         unbiased = var * (count / (count - 1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         self.num_batches_tracked.add_(1)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(context, tensor: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+        context.group = group
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(context, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        dist.all_reduce(total, group=context.group)
+        return total, None
 
 
 _TOO_FEW = "mask must leave at least two real tokens for BatchNorm in training"

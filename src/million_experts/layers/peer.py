@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from million_experts._arguments import check_choice, is_integer
@@ -155,6 +156,8 @@ class PEER(ProductKeyRetrieval):
         probe._modules = {name: copy.copy(module) for name, module in self._modules.items()}
         probe.shared = shared
         probe.training = probe.query_norm.training = True  # of the copies; nothing else knows of modes
+        if isinstance(probe.query_norm, MaskedBatchNorm):
+            probe.query_norm.synchronised = False  # each rank measures alone
         return probe
 
     def _measure_output_std(self, branch: nn.Module) -> Tensor:
@@ -198,11 +201,13 @@ class PEER(ProductKeyRetrieval):
 
         Raises:
             ValueError: a last dimension other than `dim`; a mask of another shape or dtype; BatchNorm in
-                training with fewer than two real tokens; nothing but masked tokens in training.
+                training with fewer than two real tokens; nothing but masked tokens in training, unless this
+                is one of several ranks.
         """
         lead = x.shape[:-1]
         tokens, mask = flatten_tokens(x, mask, self.dim)
-        if mask is not None and self.training and mask.shape[0] > 0:
+        # Of several ranks one may have nothing to learn from.
+        if mask is not None and self.training and mask.shape[0] > 0 and not _among_ranks():
             _require_a_real_token(mask)
         fused = None if return_routing else self._fused(tokens)
         if fused is not None:
@@ -268,6 +273,10 @@ class PEER(ProductKeyRetrieval):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, glu={self.glu}, activation={self.activation!r}"
+
+
+def _among_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _require_a_real_token(mask: Tensor) -> None:

@@ -144,6 +144,8 @@ class ProductKeyRetrieval(nn.Module):
         """N, the number of items in the pool."""
         return self.codebook_sizes[0] * self.codebook_sizes[1]
 
+    sparse_grad = False  # whether the table's gradient comes as the rows that were retrieved
+
     @property
     def table(self) -> nn.Parameter:
         """The parameter whose N rows are retrieved; layers may share it."""

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
+from accelerate.utils import reduce
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from million_experts.layers import ExpertUsage, ProductKeyRetrieval, Routing
+from million_experts.lm.memory import resident_bytes
 
 
 def retrieval_layers(model: nn.Module | None) -> dict[str, ProductKeyRetrieval]:
@@ -47,7 +50,7 @@ class EvaluationUsage(ExpertUsage):
 
     def reset(self) -> None:
         """Forgets what was heard so far."""
-        if self.tokens:
+        if self.tokens:  # to clear a million numbers in every step would take its time
             self.mass.zero_()
             self.tokens = 0
 
@@ -61,8 +64,8 @@ class ExpertUsageCallback(TrainerCallback):
 
     The figures, as the paper defines them (see `ExpertUsage`), are those of the evaluation's own tokens,
     padding left out by the `attention_mask` that the model is called with, and go where the trainer's metrics
-    go as `expert_usage/LAYER`, `expert_unevenness/LAYER` and `expert_top_share/LAYER`. Each process of a
-    distributed run sees its own share of the tokens.
+    go as `expert_usage/LAYER`, `expert_unevenness/LAYER` and `expert_top_share/LAYER`. Processes that train
+    together put their tokens together.
     """
 
     def __init__(self, trainer: Trainer):
@@ -111,6 +114,9 @@ class ExpertUsageCallback(TrainerCallback):
     ) -> None:
         figures: dict[str, float] = {}
         for name, usage in self._usage.items():
+            if args.world_size > 1:
+                usage.mass = reduce(usage.mass.to(args.device), "sum").cpu()
+                usage.tokens = int(reduce(torch.tensor(usage.tokens, device=args.device), "sum"))
             if usage.mass.sum() > 0:  # not where NaN came through either: the evaluation itself shows that
                 of_layer = usage.figures()
                 figures[f"expert_usage/{name}"] = of_layer.usage
@@ -208,8 +214,44 @@ class ProgressCallback(TrainerCallback):
         self.stop()
 
 
+class ResourceCallback(TrainerCallback):
+    """Speed of the steps and memory of the process, for the trainer's log."""
+
+    def __init__(self) -> None:
+        self._begun: float | None = None
+        self._seconds, self._steps = 0.0, 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begun = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._begun is not None:
+            self._seconds += time.monotonic() - self._begun
+            self._steps += 1
+            self._begun = None
+
+    def figures(self) -> dict[str, float]:
+        """Seconds of a step since the last call, without evaluations and checkpoints, and memory now, in GB.
+
+        On a CPU the memory is what is resident, on a GPU what its tensors have taken at most.
+        """
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_bytes()
+        figures = {"memory_gb": round(memory / 1e9, 3)}
+        if self._steps:
+            figures["seconds_per_step"] = round(self._seconds / self._steps, 4)
+        self._seconds, self._steps = 0.0, 0
+        return figures
+
+
 class InterruptCallback(TrainerCallback):
-    """Ctrl-C and SIGTERM save a checkpoint at the step's end and stop; a second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM save a checkpoint at the step's end and stop; a second Ctrl-C stops at once.
+
+    Of processes that train together all stop at the same step.
+    """
 
     def __init__(self) -> None:
         self.interrupted = False
@@ -233,6 +275,9 @@ class InterruptCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if args.world_size > 1:
+            anyone = torch.tensor(float(self.interrupted), device=args.device)
+            self.interrupted = bool(reduce(anyone, "sum"))
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True

@@ -21,7 +21,7 @@ DIGESTS_FILE = "splits.json"
 
 
 def prepare_data(
-    settings: TrainSettings, run: Path, console: Console
+    settings: TrainSettings, run: Path, console: Console, processes: int = 1
 ) -> tuple[dict[str, TokenStream], PreTrainedTokenizerBase]:
     """The token streams of a run's three splits, and its tokenizer: the run's own, or one trained here.
 
@@ -59,7 +59,7 @@ def prepare_data(
         + f" tokens; {train.text_bytes / len(train):.2f} bytes a token, vocabulary {len(tokenizer):,}",
         soft_wrap=True,
     )
-    seen = settings.steps * settings.tokens_per_micro_batch * settings.gradient_accumulation_steps
+    seen = settings.steps * settings.tokens_per_step(processes)
     console.print(f"         the run reads the training split {seen / len(train):.1f} times")
     return streams, tokenizer
 
@@ -91,8 +91,12 @@ def load_test_stream(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase
 def remember_splits(run: Path, streams: dict[str, TokenStream]) -> None:
     """Writes down which text a run was started with, unless that stands there already."""
     if not (run / DIGESTS_FILE).exists():
-        digests = {name: _digest(stream) for name, stream in streams.items()}
-        write_whole(run / DIGESTS_FILE, json.dumps(digests, indent=1))
+        write_whole(run / DIGESTS_FILE, json.dumps(digests(streams), indent=1))
+
+
+def digests(streams: dict[str, TokenStream]) -> dict[str, str]:
+    """By which the splits are recognised, tokenizer included."""
+    return {name: _digest(stream) for name, stream in streams.items()}
 
 
 def _recognise(run: Path, split: str, stream: TokenStream) -> None:

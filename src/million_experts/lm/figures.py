@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 
 from million_experts.layers import ExpertUsage
+from million_experts.lm.files import explained
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -52,6 +53,36 @@ def loss_figure(
     _save(figure, path)
 
 
+def resources_figure(
+    history: Sequence[Mapping[str, Any]], tokens_per_step: int, title: str, path: Path
+) -> None:
+    """Tokens a second and the memory of the process over steps.
+
+    Args:
+        history: the trainer's log, with `step`, `seconds_per_step` and `memory_gb`.
+        path: where the PNG goes.
+    """
+    figure, (above, below) = plt.subplots(2, figsize=(7.2, 5.2), layout="constrained", sharex=True)
+    speed = [
+        (row["step"], tokens_per_step / row["seconds_per_step"])
+        for row in history
+        if "seconds_per_step" in row
+    ]
+    memory = [(row["step"], row["memory_gb"]) for row in history if "memory_gb" in row]
+    for axes, points, color, label in (
+        (above, speed, BLUE, "tokens a second, training alone"),
+        (below, memory, ORANGE, "memory of the process, GB"),
+    ):
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, marker=".", ms=3, lw=1)
+            axes.set_ylim(0, 1.15 * max(value for _, value in points))
+        axes.set_title(label, fontsize=10, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    below.set_xlabel("step")
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
 def usage_figure(usages: Mapping[str, ExpertUsage], title: str, path: Path) -> None:
     """Share of the gate mass by expert, from the busiest to the idlest, a panel for each layer.
 
@@ -91,5 +122,6 @@ def _rank_curve(axes: Any, shares: np.ndarray, **style: Any) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=140)
+    with explained(path.name, path.parent):
+        figure.savefig(path, dpi=140)
     plt.close(figure)

@@ -1,34 +1,87 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there; what keeps them from being written is said in a line."""
 
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
+class WriteError(OSError):
+    """Something that could not be written; the message says what, where, why and what to do."""
+
+
+@contextmanager
+def explained(
+    what: str, folder: Path, advice: str = "Make room there, or let it be written to, and try again"
+) -> Iterator[None]:
+    """Turns what writers raise on a full disk or in a read-only folder into one kind of error.
+
+    Python's errors often do not say where, those of safetensors and tokenizers are no OSError, and torch's do
+    not say why.
+
+    Raises:
+        WriteError: a write failed. Anything else that went wrong passes as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = None if isinstance(error, WriteError) else _why_not_written(error)
+        if reason is None:
+            raise
+        place = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+        free = shutil.disk_usage(place).free / 1e6
+        message = (
+            f"{what} could not be written to {folder}: {reason}; {free:,.1f} MB are free there. {advice}"
+        )
+        raise WriteError(message) from error
+
+
+def _why_not_written(error: Exception) -> str | None:
+    """The reason of a failed write, None for any other error."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return error.strerror or text
+    if number := re.search(r"\(os error (\d+)\)", text):  # safetensors and tokenizers, both written in Rust
+        return os.strerror(int(number[1]))
+    # torch loses the reason: "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534".
+    if isinstance(error, RuntimeError) and re.search(r"unexpected pos \d|StreamWriter|iostream", text):
+        return "not all of it was taken"
+    return None
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file so that its name never stands for half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with explained(path.name, path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
-def save_whole(save: Callable[[str], Any], folder: Path) -> None:
-    """Calls `save(folder)` on a temporary folder and moves its files into `folder`, each one whole."""
+def save_whole(save: Callable[[str], Any], folder: Path, what: str = "files") -> None:
+    """Calls `save(folder)` on a temporary folder and moves its files into `folder`, each one whole.
+
+    Raises:
+        WriteError: `what` it saves could not be written; nothing in `folder` is half of it.
+    """
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
-    save(str(partial))
-    for file in sorted(partial.iterdir()):
-        os.replace(file, folder / file.name)
-    partial.rmdir()
+    with explained(what, folder):
+        try:
+            save(str(partial))
+            for file in sorted(partial.iterdir()):
+                os.replace(file, folder / file.name)
+        finally:  # half a model would take the room that is to be made
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def make_folder(argument: str, folder: Path) -> None:

@@ -20,6 +20,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from million_experts.lm.files import explained
+
 FORMAT = 1  # part of every cache key: raise it when the files or their meaning change
 DOCUMENTS_PER_BATCH = 256
 
@@ -89,17 +91,18 @@ def tokenize_documents(
         raise ValueError("tokenizer must have an eos_token to put between documents, got None")
     folder = Path(cache_dir) / f"tokens-{_cache_key(dataset, tokenizer)}"
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
-            whole = Path(partial) / folder.name
-            whole.mkdir()
-            _write(dataset, tokenizer, whole)
-            try:
-                whole.rename(folder)
-            except OSError:
-                # Another process was first: its files are the same.
-                if not folder.exists():
-                    raise
+        with explained("tokens", folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
+                whole = Path(partial) / folder.name
+                whole.mkdir()
+                _write(dataset, tokenizer, whole)
+                try:
+                    whole.rename(folder)
+                except OSError:
+                    # Another process was first: its files are the same.
+                    if not folder.exists():
+                        raise
     return TokenStream.open(folder)
 
 

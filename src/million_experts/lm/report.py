@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from million_experts.layers import ExpertUsage
 from million_experts.lm.callbacks import retrieval_layers
-from million_experts.lm.figures import loss_figure, usage_figure
+from million_experts.lm.figures import loss_figure, resources_figure, usage_figure
 from million_experts.lm.files import write_whole
 from million_experts.lm.generation import TEMPERATURE, write_sample
 from million_experts.lm.ngram import bigram_nats, unigram_nats
@@ -35,6 +35,7 @@ def measure(
     history: list[dict[str, float]],
     training_seconds: float,
     resumed_from_step: int = 0,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Measures a trained model on the test split, which nothing has been chosen by.
 
@@ -42,11 +43,12 @@ def measure(
         history: the trainer's log.
         training_seconds: of this process; `resumed_from_step` says whether others trained before.
         resumed_from_step: step of the checkpoint that this process went on from, 0 for none.
+        processes: that trained together.
 
     Returns:
         What it writes to the run's `results.json`, beside the figures.
     """
-    test = streams["test"]
+    test, tokens_per_step = streams["test"], settings.tokens_per_step(processes)
     with ExitStack() as stack:
         usages = {
             name: stack.enter_context(ExpertUsage(layer)) for name, layer in retrieval_layers(model).items()
@@ -63,6 +65,7 @@ def measure(
     results: dict[str, Any] = {
         "parameters": {"label": count.label, "total": count.total, "active": count.active},
         "steps": settings.steps,
+        "tokens_per_step": tokens_per_step,
         "training_seconds": round(training_seconds, 1),
         "resumed_from_step": resumed_from_step,
         "test": _figures(score),
@@ -72,7 +75,7 @@ def measure(
         "expert_usage": {name: dataclasses.asdict(usage.figures()) for name, usage in usages.items()},
         "sample": sample,
         "history": history,
-        "figures": [str(run / "loss.png")],
+        "figures": [str(run / "loss.png"), str(run / "resources.png")],
     }
     lines = {name: row["bits_per_byte"] for name, row in results["yardsticks"].items()}
     loss_figure(
@@ -82,6 +85,7 @@ def measure(
         f"{run.name}: {count.label}",
         run / "loss.png",
     )
+    resources_figure(history, tokens_per_step, f"{run.name}: {count.label}", run / "resources.png")
     if usages:
         usage_figure(usages, f"{run.name}: experts used on the test split", run / "expert_usage.png")
         results["figures"].append(str(run / "expert_usage.png"))

@@ -73,7 +73,8 @@ class TrainSettings:
     mlp_layer_types: str | list[str] | None = _option(
         None,
         "Model",
-        "Feed-forward of the blocks: one kind for all (dense, peer) or one for each, with commas. "
+        "Feed-forward of the blocks: one kind for all (dense, peer, moe, expert_choice, pkm, memory_plus) or "
+        "one for each, with commas. "
         "By default peer in the middle block and dense in the others, as in the paper.",
     )
     peer: dict[str, Any] = _option(
@@ -82,11 +83,15 @@ class TrainSettings:
     dense: dict[str, Any] = _option(
         {}, "Model", "Argument of the dense layers as name=value, e.g. width=1024. Repeat for several."
     )
+    moe: dict[str, Any] = _option({}, "Model", "Argument of the token-choice mixtures, e.g. num_experts=8.")
+    expert_choice: dict[str, Any] = _option({}, "Model", "Argument of the expert-choice mixtures.")
+    pkm: dict[str, Any] = _option({}, "Model", "Argument of the product-key memories.")
+    memory_plus: dict[str, Any] = _option({}, "Model", "Argument of the Memory+ layers.")
     tie_word_embeddings: bool = _option(True, "Model", "Let the output layer be the embedding table.")
     attention_dropout: float = _option(0.0, "Model", "Probability of dropping an attention weight.")
 
     steps: int = _option(1000, "Training", "Optimiser steps.")
-    batch_size: int = _option(16, "Training", "Sequences in a micro-batch on one device.")
+    batch_size: int = _option(16, "Training", "Sequences in a micro-batch of one process.")
     gradient_accumulation_steps: int = _option(1, "Training", "Micro-batches in a step.")
     learning_rate: float = _option(2e-3, "Training", "Peak learning rate of everything but expert tables.")
     table_learning_rate: float | None = _option(
@@ -104,6 +109,9 @@ class TrainSettings:
         "Training",
         "auto, float32 or bfloat16 (autocast: weights and sums stay float32). auto takes bfloat16 where the "
         "processor multiplies in it.",
+    )
+    sync_query_norm: bool = _option(
+        True, "Training", "Under torchrun, take the statistics of query BatchNorm over all processes."
     )
     gradient_checkpointing: bool = _option(False, "Training", "Recompute activations to save memory.")
     torch_compile: bool = _option(False, "Training", "Compile the model; needs a C++ compiler.")
@@ -155,6 +163,10 @@ class TrainSettings:
     @property
     def tokens_per_micro_batch(self) -> int:
         return self.batch_size * self.context
+
+    def tokens_per_step(self, processes: int = 1) -> int:
+        """Tokens of all micro-batches of all processes."""
+        return self.tokens_per_micro_batch * self.gradient_accumulation_steps * processes
 
     def save(self, path: Path) -> None:
         """Writes the settings as YAML, whole or not at all."""

@@ -9,15 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from million_experts.distributed import (
+    exchange_row_gradients,
+    synchronise_query_norm,
+    take_tables_from_ddp,
+)
+from million_experts.layers import ProductKeyRetrieval
+from million_experts.lm.callbacks import ResourceCallback
+from million_experts.lm.files import explained
 from million_experts.optim import RowwiseAdamW, clip_grad_norm_
 
 _PARTIAL = ".partial-checkpoint"
+# One process, or one a device under DistributedDataParallel.
+_DATA_PARALLEL = {kind for kind in DistributedType if kind == DistributedType.NO or "MULTI_" in kind.value}
 # What a configuration says beside what the model computes: how it was stored, and what it runs on or returns.
 _NO_MEANING = {
     "_name_or_path",
@@ -42,15 +53,47 @@ class LanguageModelTrainer(Trainer):
     """`Trainer` for our runs.
 
     A checkpoint is written to a temporary folder, synced and renamed, so that a folder `checkpoint-N` is
-    whole whenever the process dies; the one before it stays until then. A loss or a gradient that is not
-    finite ends the training before it reaches the weights. Sparse gradients are clipped with the others, and
-    the rows that they left behind are brought up to date before weights are evaluated or saved.
+    whole whenever the process dies; the one before it stays until then. One that cannot be written ends the
+    training with what to do about it. A loss or a gradient that is not finite ends the training before it
+    reaches the weights. Sparse gradients are clipped with the others, and the rows that they left behind are
+    brought up to date before weights are evaluated or saved. Ranks under `torchrun` exchange sparse
+    gradients as rows.
+
+    Args:
+        sync_query_norm: under `torchrun`, let query BatchNorm take the statistics of all ranks' tokens.
+
+    Raises:
+        ValueError: tables with sparse gradients under a kind of parallelism that cannot exchange them.
     """
 
     _writing_to: str | None = None
 
+    def __init__(self, *args: Any, sync_query_norm: bool = True, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.resources = ResourceCallback()
+        self.add_callback(self.resources)
+        kind, model = self.accelerator.distributed_type, self.model
+        assert model is not None
+        if any(isinstance(m, ProductKeyRetrieval) and m.sparse_grad for m in model.modules()) and (
+            kind not in _DATA_PARALLEL or self.args.n_gpu > 1
+        ):
+            name = "DataParallel" if kind in _DATA_PARALLEL else kind.value
+            raise ValueError(
+                f"sparse_grad=True trains in one process or data parallel, one process a device (torchrun "
+                f"--nproc-per-node N), not under {name}: use that, or sparse_grad=False"
+            )
+        self._among_ranks = kind in _DATA_PARALLEL and self.args.world_size > 1
+        if self._among_ranks:
+            take_tables_from_ddp(model)
+            if sync_query_norm:
+                synchronise_query_norm(model)
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._writing_to or super()._get_output_dir(trial)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs beside a training loss how long a step took and how much memory the process has."""
+        super().log(logs | self.resources.figures() if "loss" in logs else logs, *args, **kwargs)
 
     def flush(self) -> None:
         """Brings every row of every table up to date, where the optimiser is one that lets rows wait."""
@@ -63,17 +106,31 @@ class LanguageModelTrainer(Trainer):
         return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.flush()
         run = Path(super()._get_output_dir(trial))
+        kept = list_checkpoints(run)
+        way = f"go on from {kept[-1][1]} by --resume" if kept else "start again by --resume"
+        advice = f"Make room there, or let it be written to, then {way}"
+        with explained(f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", run, advice):
+            try:
+                self._write_checkpoint(model, trial, run)
+            except Exception:
+                if self.args.should_save:  # half a checkpoint would take the room that is to be made
+                    shutil.rmtree(run / _PARTIAL, ignore_errors=True)
+                raise
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, run: Path) -> None:
+        self.flush()
         partial = run / _PARTIAL
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()  # each rank writes its random state
         self._writing_to = str(partial)
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._writing_to = None
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             _sync_tree(partial / name)
@@ -95,6 +152,8 @@ class LanguageModelTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise self._diverged("loss", loss)
+        if self._among_ranks and self.accelerator.sync_gradients:
+            exchange_row_gradients(model)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -159,13 +218,22 @@ def list_checkpoints(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def check_checkpoint(folder: Path, model: PreTrainedModel) -> None:
+def check_checkpoint(folder: Path, model: PreTrainedModel, processes: int = 1) -> None:
     """Makes sure that a checkpoint can be read and fits the model, before anything is loaded from it.
+
+    Args:
+        processes: that train together; a checkpoint of another number has another order of the data.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the configuration or the tensors are another
             model's; the newest checkpoint that is whole is named.
     """
+    wrote = len(list(folder.glob("rng_state_*.pth"))) or 1
+    if wrote != processes:
+        raise CheckpointError(
+            f"checkpoint {folder} was written by {wrote} processes and cannot go on in {processes}: use "
+            + (f"torchrun --nproc-per-node {wrote}" if wrote > 1 else "one process")
+        )
     fault = _fault(folder, model)
     if fault is None:
         return

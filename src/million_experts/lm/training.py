@@ -8,6 +8,8 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -21,9 +23,9 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from million_experts.lm.callbacks import ExpertUsageCallback, InterruptCallback, ProgressCallback
-from million_experts.lm.data import has_tokenizer, prepare_data, remember_splits
-from million_experts.lm.files import make_folder, save_whole
-from million_experts.lm.memory import available_memory, expected_peak, takes_bfloat16
+from million_experts.lm.data import digests, has_tokenizer, prepare_data, remember_splits
+from million_experts.lm.files import explained, make_folder, save_whole
+from million_experts.lm.memory import available_memory, expected_peak, keep_freed_memory, takes_bfloat16
 from million_experts.lm.packing import PackedBlocks, TokenStream
 from million_experts.lm.report import RESULTS_FILE, measure, print_results
 from million_experts.lm.settings import SETTINGS_FILE, TABLE_RATE, TrainSettings
@@ -37,7 +39,8 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     """Trains a language model as the settings say; returns what stands in the run's `results.json`.
 
     The run's folder then holds the model and tokenizer (`from_pretrained` reads them), checkpoints, metrics,
-    `results.json`, `loss.png` and `expert_usage.png`.
+    `results.json`, `loss.png` and `expert_usage.png`. Under `torchrun` each process trains on `batch_size`
+    sequences of its own; the first one prints, writes and measures.
 
     Args:
         settings: what to do.
@@ -50,25 +53,34 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         FileExistsError: `output_dir` holds a run and `resume` is False.
         MemoryError: the run is expected to need more memory than there is.
         FloatingPointError: the loss was no longer finite.
+        OSError: something could not be written; the last checkpoint is whole.
         KeyboardInterrupt: the run was interrupted; a checkpoint has been saved.
     """
-    console = console or Console()
+    ranks = PartialState(cpu=not torch.accelerator.is_available())
+    console = (console or Console()) if ranks.is_main_process else Console(quiet=True)
     disable_progress_bar()  # transformers' and datasets' own: ours shows what matters
     datasets.disable_progress_bars()
+    keep_freed_memory()
     if settings.output_dir is None:
         raise ValueError("output_dir must name the folder of the run, got None")
     run = Path(settings.output_dir)
-    if _finished(run, settings, resume):
+    finished = _finished(run, settings, resume)
+    ranks.wait_for_everyone()  # before one of them writes to the folder
+    if finished:
         console.print(f"{run} is finished; its results:", style="bold", markup=False, soft_wrap=True)
         results = json.loads((run / RESULTS_FILE).read_text())
         print_results(results, console)
         return results
-    print_plan(model_config(settings, settings.vocab_size), settings, console)
+    processes = ranks.num_processes
+    print_plan(model_config(settings, settings.vocab_size), settings, console, processes)
     _check_reporters(settings.report_to)
     make_folder("output_dir", run)
     make_folder("cache_dir", Path(settings.cache_dir).expanduser())
 
-    streams, tokenizer = prepare_data(settings, run, console)
+    with ranks.main_process_first():  # it fills the cache
+        streams, tokenizer = prepare_data(settings, run, console, processes)
+    if len(set(gather_object([digests(streams)["train"]]))) > 1:
+        raise ValueError("data must be the same text in every process; the training splits differ")
     set_seed(settings.seed)
     config = model_config(settings, len(tokenizer))
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
@@ -77,20 +89,24 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     checkpoint, step = None, 0
     if found := list_checkpoints(run):
         step, checkpoint = found[-1]
-        check_checkpoint(checkpoint, model)
+        check_checkpoint(checkpoint, model, processes)
         console.print(f"Going on from {checkpoint}", style="bold", markup=False, soft_wrap=True)
-    # From here on the folder is a run that can be resumed; what went wrong before has left no trace in it.
-    settings.save(run / SETTINGS_FILE)
-    remember_splits(run, streams)
-    if not has_tokenizer(run):
-        save_whole(tokenizer.save_pretrained, run)
-    tokens = settings.tokens_per_micro_batch * settings.gradient_accumulation_steps
-    progress, interrupt = ProgressCallback(tokens, console), InterruptCallback()
+    ranks.wait_for_everyone()
+    if ranks.is_main_process:
+        # From here on the folder is a run that can be resumed; what went wrong before left no trace in it.
+        settings.save(run / SETTINGS_FILE)
+        remember_splits(run, streams)
+        if not has_tokenizer(run):
+            save_whole(tokenizer.save_pretrained, run, "the tokenizer")
+    progress = ProgressCallback(settings.tokens_per_step(processes), console)
+    interrupt = InterruptCallback()
     trainer.add_callback(progress)
     trainer.add_callback(interrupt)
     start = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        # Checkpoints say themselves what kept them from being written.
+        with explained("metrics", run, f"Make room there, then go on with: {_resume_command(run)}"):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         interrupt.restore()
         progress.stop()
@@ -101,13 +117,15 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         )
     seconds = time.monotonic() - start
     trainer.flush()
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    save_whole(trained.save_pretrained, run)
-    with console.status("measuring on the test split"):
-        history = trainer.state.log_history
-        results = measure(settings, run, trained, tokenizer, streams, history, seconds, step)
-    print_results(results, console)
-    return results
+    if ranks.is_main_process:
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        save_whole(trained.save_pretrained, run, "the model")
+        with console.status("measuring on the test split"):
+            history = trainer.state.log_history
+            results = measure(settings, run, trained, tokenizer, streams, history, seconds, step, processes)
+        print_results(results, console)
+    ranks.wait_for_everyone()
+    return json.loads((run / RESULTS_FILE).read_text())
 
 
 def model_config(settings: TrainSettings, vocab_size: int) -> PeerConfig:
@@ -117,6 +135,7 @@ def model_config(settings: TrainSettings, vocab_size: int) -> PeerConfig:
     kinds = settings.mlp_layer_types
     if isinstance(kinds, list) and len(kinds) == 1:
         kinds = kinds[0]
+    arguments: dict[str, Any] = {kind: getattr(settings, kind) or None for kind in FEED_FORWARDS}
     return PeerConfig(
         vocab_size=vocab_size,
         hidden_size=settings.hidden_size,
@@ -127,8 +146,7 @@ def model_config(settings: TrainSettings, vocab_size: int) -> PeerConfig:
         mlp_layer_types=kinds,
         attention_dropout=settings.attention_dropout,
         tie_word_embeddings=settings.tie_word_embeddings,
-        peer=settings.peer or None,
-        dense=settings.dense or None,
+        **arguments,
     )
 
 
@@ -153,20 +171,22 @@ def _check_reporters(names: list[str]) -> None:
         raise ValueError(f"report_to={', '.join(names)} does not work here: {error}") from error
 
 
-def print_plan(config: PeerConfig, settings: TrainSettings, console: Console) -> None:
+def print_plan(config: PeerConfig, settings: TrainSettings, console: Console, processes: int = 1) -> None:
     """Prints what will be trained and what it will take; refuses what cannot fit.
+
+    Args:
+        processes: that train together, on a machine of theirs each.
 
     Raises:
         MemoryError: the expected peak is above the memory that is available.
     """
     count, memory = count_parameters(config), memory_estimate(config)
     peak, available = expected_peak(config, settings), available_memory()
-    tokens = settings.tokens_per_micro_batch * settings.gradient_accumulation_steps
     table = Table(show_header=False, box=None, padding=(0, 2))
     table.add_row("model", f"{count.label}: {count.total:,} parameters, {count.active:,} active for a token")
     table.add_row("feed-forwards", ", ".join(config.mlp_layer_types or []))
     table.add_row("expert tables", f"{count.tables:,} parameters, {memory.table_weights / 1e9:.2f} GB")
-    table.add_row("training", f"{settings.steps:,} steps of {tokens:,} tokens")
+    table.add_row("training", f"{settings.steps:,} steps of {settings.tokens_per_step(processes):,} tokens")
     table.add_row("precision", "bfloat16 autocast" if takes_bfloat16(settings.precision) else "float32")
     table.add_row("memory", f"{peak / 1e9:.1f} GB expected at the peak, {available / 1e9:.1f} GB available")
     console.print(table)
@@ -224,7 +244,7 @@ def _make_trainer(
     )
     betas = (settings.adam_beta1, settings.adam_beta2)
     optimizer: torch.optim.Optimizer
-    if settings.peer.get("sparse_grad"):
+    if any(getattr(settings, kind).get("sparse_grad") for kind in FEED_FORWARDS):
         optimizer = RowwiseAdamW(groups, betas=betas, seed=settings.seed)
     else:
         optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
@@ -241,6 +261,7 @@ def _make_trainer(
         bf16=takes_bfloat16(settings.precision),
         activation_checkpointing=settings.gradient_checkpointing,
         torch_compile=settings.torch_compile,
+        ddp_find_unused_parameters=False,  # every block uses all of its own
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
@@ -269,6 +290,7 @@ def _make_trainer(
         data_collator=default_data_collator,
         processing_class=tokenizer,
         optimizers=(optimizer, None),
+        sync_query_norm=settings.sync_query_norm,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ExpertUsageCallback(trainer))

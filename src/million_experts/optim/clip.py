@@ -60,6 +60,9 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> T
         gradients.append(p.grad._values() if p.grad.is_sparse else p.grad)
     norm = get_total_norm(gradients)
     if max_norm < math.inf and gradients:
-        # As in torch: a product with 1 rather than a branch on data.
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        # As in torch a product with 1 rather than a branch on data; except on a CPU, where to look costs
+        # nothing, and the rows of a large table would be read and written.
+        if factor.device.type != "cpu" or factor != 1:
+            torch._foreach_mul_(gradients, factor)
     return norm

@@ -26,13 +26,13 @@ _TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class RowwiseAdamW(Optimizer):
     """AdamW that, for sparse gradients, updates the touched rows alone and lets them catch up.
 
-    A parameter with a dense gradient gets `torch.optim.AdamW`, bit for bit. A step with a sparse gradient
-    (`torch.sparse_coo` with one sparse dimension: rows [n] and values [n, ...] of a table [N, ...], rows in
-    any order, repeated or not) costs the rows in it. When a row is next touched it first catches up: its
-    moments decay by the betas of the steps that it missed, the row itself by their weight decay. Learning
-    rate, weight decay and betas may change from step to step. As in torch, steps are counted for each
-    parameter, and one without a gradient (`grad` is None) does not count; a sparse gradient without rows
-    does.
+    A parameter with a dense gradient gets `torch.optim.AdamW`, bit for bit (on a CPU that of `fused=True`). A
+    step with a sparse gradient (`torch.sparse_coo` with one sparse dimension: rows [n] and values [n, ...] of
+    a table [N, ...], rows in any order, repeated or not) costs the rows in it. When a row is next touched it
+    first catches up: its moments decay by the betas of the steps that it missed, the row itself by their
+    weight decay. Learning rate, weight decay and betas may change from step to step. As in torch, steps are
+    counted for each parameter, and one without a gradient (`grad` is None) does not count; a sparse gradient
+    without rows does.
 
     **What differs from dense AdamW**: with a zero gradient that one still moves a row by its decaying
     momentum; here a row moves only when it is touched. A row that was touched at step s and next at t misses
@@ -260,6 +260,7 @@ class RowwiseAdamW(Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            fused=all(p.device.type == "cpu" and p.is_floating_point() for p in params) or None,
         )
 
     def _sparse_step(self, p: Tensor, group: dict[str, Any], index: int) -> None:
