@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from million_experts.layers import MaskedBatchNorm, ProductKeyRetrieval
-from million_experts.optim import merge_repeated_rows
+from million_experts.optim.clip import merge_repeated_rows
 
 Group = dist.ProcessGroup | None
 
