@@ -75,9 +75,8 @@ class MixtureOfExperts(nn.Module):
         counts = torch.bincount(expert_P, minlength=self.num_experts)[: self.num_experts].tolist()
         pairs_P = expert_P.argsort(stable=True)[: sum(counts)]
         tokens_P = pairs_P // k
-        weights = [
-            w.unbind(0) for w in self.expert_weights
-        ]  # one stacked gradient, not a whole one an expert
+        # Unbound at once, the experts' gradients are stacked once, instead of a whole tensor for each expert.
+        weights = [w.unbind(0) for w in self.expert_weights]
         parts = [
             self._expert(x_ND, *(w[expert] for w in weights))
             for expert, x_ND in enumerate(x_TD[tokens_P].split(counts))
