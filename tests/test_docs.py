@@ -82,13 +82,34 @@ def test_commands_run(command, folder, monkeypatch):
     run(arguments)
 
 
+@pytest.mark.parametrize("command", sorted({c for c in commands() if c.startswith("torchrun")}))
+def test_torchrun_commands_run(command, folder):
+    program = Path(sys.executable).with_name("million-experts")
+    if not program.exists():
+        pytest.skip("million-experts is not installed beside this python")
+    launcher, _, arguments = command.partition(" --no-python million-experts train ")
+    flags = shlex.split(launcher)[1:]
+    small = [*TINY, "--peer", "num_experts=1024", "--mlp-layer-types", "peer", "--batch-size", "1"]
+    small += ["--cache-dir", "cache", "--output-dir", "runs/torchrun"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *flags, "--no-python"]
+    done = subprocess.run(
+        [*torchrun, str(program), "train", *shlex.split(arguments), *small],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Sample" in done.stdout
+
+
 @pytest.mark.parametrize("command", sorted({c for c in commands() if c.startswith("make")}))
 def test_make_targets_exist(command):
     subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_no_other_kind_of_command_is_shown():
-    known = ("million-experts ", "make ", 'pip install -c constraints.txt ".[train,data]"')
+    known = ("million-experts ", "make ", "torchrun ", 'pip install -c constraints.txt ".[train,data]"')
     assert [c for c in commands() if not c.startswith(known)] == []
 
 
