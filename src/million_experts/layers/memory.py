@@ -155,7 +155,7 @@ class MemoryPlus(_Memory):
     sub-keys (over half of it) by LayerNorms with learned scales; these start such that a score has unit
     variance. Without it queries are not normalised.
 
-    The paper does not say how weights start: keys and values do as in PKM, W1 and W2 from N(0, 1/D).
+    How weights start is our choice: keys and values as in PKM, W1 and W2 from N(0, 1/D).
 
     Args:
         dim: D, the width of tokens and values.
