@@ -8,6 +8,11 @@ from million_experts._typing import Bool, Float
 from million_experts.ops import masked_batch_norm
 
 
+def several_ranks(group: "dist.ProcessGroup | None" = None) -> bool:
+    """Whether this process trains together with others: those of a group, by default all."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
 class MaskedBatchNorm(nn.Module):
     """BatchNorm over tokens [T, C], with an optional mask of the real ones.
 
@@ -50,7 +55,7 @@ class MaskedBatchNorm(nn.Module):
     @property
     def over_ranks(self) -> bool:
         """Whether statistics are taken over several ranks here and now."""
-        return self.synchronised and dist.is_initialized() and dist.get_world_size(self._group) > 1
+        return self.synchronised and several_ranks(self._group)
 
     def _apply(self, fn, recurse=True):
         before = self.running_mean, self.running_var

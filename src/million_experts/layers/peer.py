@@ -6,13 +6,12 @@ from collections import OrderedDict
 from typing import Literal, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from million_experts._arguments import check_choice, is_integer
 from million_experts._typing import Bool, Float
 from million_experts.layers.dense import DenseFeedForward
-from million_experts.layers.norm import MaskedBatchNorm
+from million_experts.layers.norm import MaskedBatchNorm, several_ranks
 from million_experts.layers.retrieval import ProductKeyRetrieval, Routing
 from million_experts.layers.tokens import blank_masked, flatten_tokens
 from million_experts.ops import ACTIVATIONS, advise_huge_pages, expert_mlp, resolve_backend
@@ -207,7 +206,7 @@ class PEER(ProductKeyRetrieval):
         lead = x.shape[:-1]
         tokens, mask = flatten_tokens(x, mask, self.dim)
         # Of several ranks one may have nothing to learn from.
-        if mask is not None and self.training and mask.shape[0] > 0 and not _among_ranks():
+        if mask is not None and self.training and mask.shape[0] > 0 and not several_ranks():
             _require_a_real_token(mask)
         fused = None if return_routing else self._fused(tokens)
         if fused is not None:
@@ -273,10 +272,6 @@ class PEER(ProductKeyRetrieval):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, glu={self.glu}, activation={self.activation!r}"
-
-
-def _among_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _require_a_real_token(mask: Tensor) -> None:

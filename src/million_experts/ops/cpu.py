@@ -165,6 +165,10 @@ def _large_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return _kernels.buffer(bytes_).view(dtype).view(shape)
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _sum_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
@@ -272,7 +276,7 @@ def _towards_tokens(
         *arguments,
         grad_y.data_ptr(),
         pre.data_ptr(),
-        *(0 if t is None else t.data_ptr() for t in (grad_x, grad_gates, weights)),
+        *map(_address, (grad_x, grad_gates, weights)),
     )
 
 
@@ -376,10 +380,6 @@ def expert_mlp_backward_touched(
     return grad_x.to(x_dtype), grad_gates.to(gates_dtype), rows, values
 
 
-def _mask_address(mask: Tensor | None) -> int:
-    return 0 if mask is None else mask.data_ptr()
-
-
 def masked_batch_norm(
     x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -389,7 +389,7 @@ def masked_batch_norm(
     mask = mask if mask is None else mask.contiguous()
     y, mean, variance = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
     _kernels.batch_norm(
-        _DTYPES[dtype], *x.shape, x.data_ptr(), _mask_address(mask), weight.data_ptr(), bias.data_ptr(), eps,
+        _DTYPES[dtype], *x.shape, x.data_ptr(), _address(mask), weight.data_ptr(), bias.data_ptr(), eps,
         threads(), y.data_ptr(), mean.data_ptr(), variance.data_ptr(),
     )  # fmt: skip
     return y, mean, variance
@@ -407,7 +407,7 @@ def masked_batch_norm_backward(
     grad_x = torch.empty_like(wide_x)
     grad_weight, grad_bias = torch.empty_like(wide_weight), torch.empty_like(wide_weight)
     _kernels.batch_norm_backward(
-        _DTYPES[dtype], *x.shape, grad_y.data_ptr(), wide_x.data_ptr(), _mask_address(mask),
+        _DTYPES[dtype], *x.shape, grad_y.data_ptr(), wide_x.data_ptr(), _address(mask),
         wide_weight.data_ptr(), mean.data_ptr(), variance.data_ptr(), eps, threads(), grad_x.data_ptr(),
         grad_weight.data_ptr(), grad_bias.data_ptr(),
     )  # fmt: skip
@@ -486,10 +486,6 @@ def rowwise_adamw(
         step, _address(rows), _address(values), _address(places), _address(starts), lr, *betas, eps,
         weight_decay, exp_avg_sq.dim() == 2, key is not None, key or 0, threads(),
     )  # fmt: skip
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def random_row_read(table: Tensor, rows: Tensor) -> int:
