@@ -13,7 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from million_experts.ops import advise_huge_pages, expert_mlp, product_key_topk, resolve_backend
+from million_experts import PEER
+from million_experts.ops import (
+    advise_huge_pages,
+    expert_mlp,
+    masked_batch_norm,
+    product_key_topk,
+    resolve_backend,
+)
 from million_experts.ops.backends import BackendError
 
 
@@ -81,6 +88,30 @@ def test_meta_tensors_give_shapes(cpu):
     keys = torch.empty(5, 4, device=meta)
     scores, indices = product_key_topk(torch.empty(3, 1, 2, 4, device=meta), keys, keys, 2, backend="cpu")
     assert scores.shape == indices.shape == (3, 1, 2)
+
+
+def test_tensors_on_two_devices_are_refused(cpu):
+    """A tensor on "meta" has no memory; the operation would compute nothing and return what memory held."""
+    x, picks, gates = torch.ones(3, 4), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
+    experts, keys = torch.ones(9, 2, 4, device="meta"), torch.ones(5, 4)
+    with pytest.raises(ValueError, match="experts must be on the device of x, cpu, got one on meta"):
+        expert_mlp(x, picks, gates, experts)
+    mask = torch.ones(3, dtype=torch.bool, device="meta")
+    with pytest.raises(ValueError, match="mask must be on the device of x"):
+        expert_mlp(x, picks, gates, torch.ones(9, 2, 4), mask=mask)
+    with pytest.raises(ValueError, match="keys2 must be on the device of query, cpu, got one on meta"):
+        product_key_topk(torch.ones(3, 1, 2, 4), keys, keys.to("meta"), 2)
+    with pytest.raises(ValueError, match="weight must be on the device of x, cpu, got one on meta"):
+        masked_batch_norm(x, None, torch.ones(4, device="meta"), torch.ones(4))
+
+
+@pytest.mark.parametrize("name", ["keys1", "experts"])
+@torch.no_grad()
+def test_a_layer_without_memory_is_an_error_and_not_a_crash(name, cpu):
+    layer = PEER(dim=4, num_experts=9, num_heads=1, experts_per_head=2, key_dim=4, query_norm="none").eval()
+    setattr(layer, name, torch.nn.Parameter(getattr(layer, name).to("meta")))
+    with pytest.raises(ValueError, match=f"{name} must be on the device of .*, cpu, got one on meta"):
+        layer(torch.ones(1, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -542,6 +542,41 @@ def test_bad_gradients_change_nothing():
         RowwiseAdamW([p]).step()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda p, state: setattr(p, "data", p.data.double()),
+            "exp_avg must be float64 for a table in .*float64",
+        ),
+        (
+            lambda p, state: state.update(exp_avg=state["exp_avg"].half()),
+            "exp_avg must be float32 or bfloat16",
+        ),
+        (
+            lambda p, state: state.update(exp_avg_sq=state["exp_avg_sq"].double()),
+            "exp_avg_sq must be float32",
+        ),
+        (lambda p, state: state.update(exp_avg=state["exp_avg"][:2]), r"exp_avg must have shape \[3, 1, 4\]"),
+        (lambda p, state: state.update(last_step=state["last_step"][:2]), r"last_step must have shape \[3\]"),
+        (lambda p, state: state.update(last_step=state["last_step"].long()), "last_step must be int32"),
+    ],
+)
+def test_a_state_of_another_table_is_refused_before_it_is_written_to(change, message):
+    """Kernels write by address: what is smaller than they take it for would be memory of others."""
+    pytest.importorskip("million_experts.ops.cpu")
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = RowwiseAdamW([p])
+    p.grad = sparse([0], torch.ones(1, 4), p.shape)
+    optimizer.step()
+    change(p, optimizer.state[p])
+    before = p.detach().clone()
+    p.grad = sparse([2], torch.ones(1, 4, dtype=p.dtype), p.shape)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
 def test_untouched_rows_take_no_memory(measure_peaks):
     peaks = measure_peaks(
         """

@@ -261,9 +261,9 @@ class PEER(ProductKeyRetrieval):
             tensors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         elif isinstance(norm, nn.LayerNorm):
             kind, eps, tensors = "layer", norm.eps, [norm.weight, norm.bias]
-        if experts.dtype == torch.float64 or any(
-            t.dtype != torch.float32 for t in (x, weight, keys1, keys2, *tensors)
-        ):
+        if experts.dtype == torch.float64 or not experts.is_cpu:
+            return None
+        if any(t.dtype != torch.float32 or not t.is_cpu for t in (x, weight, keys1, keys2, *tensors)):
             return None
         return layer_inference(
             x, weight, kind, tensors, eps, keys1, keys2, experts, self.num_heads, self.experts_per_head,

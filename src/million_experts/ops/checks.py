@@ -23,6 +23,19 @@ def check_floating(**tensors: Tensor) -> None:
             )
 
 
+def check_devices(**tensors: Tensor | None) -> None:
+    """Raises ValueError that names the first tensor that is not on the device of the first of all.
+
+    An address on another device means nothing to a kernel, and a tensor on "meta" has none.
+    """
+    (first, tensor), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    for name, other in others:
+        if other.device != tensor.device:
+            raise ValueError(
+                f"{name} must be on the device of {first}, {tensor.device}, got one on {other.device}"
+            )
+
+
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless the tensor has the shape."""
     if tensor.shape != shape:
@@ -53,6 +66,7 @@ def check_codebooks(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> None
     if query.dim() != 4 or query.shape[2] != 2:
         raise ValueError(f"query must have shape [T, H, 2, d], got {list(query.shape)}")
     check_floating(query=query, keys1=keys1, keys2=keys2)
+    check_devices(query=query, keys1=keys1, keys2=keys2)
     heads, width = query.shape[1], query.shape[3]
     for name, keys in (("keys1", keys1), ("keys2", keys2)):
         if keys.dim() not in (2, 3) or keys.shape[-1] != width or keys.shape[:-2] not in ((), (heads,)):
@@ -90,6 +104,7 @@ def check_experts(
         )
     check_floating(x=x, gates=gates, experts=experts)
     check_mask(mask, tokens)
+    check_devices(x=x, indices=indices, gates=gates, experts=experts, mask=mask)
 
 
 def check_norm(x: Tensor, mask: Tensor | None, **per_channel: Tensor) -> None:
@@ -102,3 +117,35 @@ def check_norm(x: Tensor, mask: Tensor | None, **per_channel: Tensor) -> None:
             raise ValueError(f"{name} must have shape [{channels}] to fit x, got {list(tensor.shape)}")
     check_floating(x=x, **per_channel)
     check_mask(mask, tokens)
+    check_devices(x=x, **per_channel, mask=mask)
+
+
+def check_row_state(
+    table: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, history: Tensor, step: int
+) -> None:
+    """What the kernel of `rowwise_adamw` writes to.
+
+    A state may come from another table's checkpoint, or from before its table changed dtype: its sizes and
+    types are then not what the table's say.
+
+    Raises:
+        ValueError: a tensor of the state does not fit the table; the message names it.
+    """
+    wide = torch.float64 if table.dtype == torch.float64 else torch.float32
+    momenta = (wide,) if wide == torch.float64 else (wide, torch.bfloat16)
+    allowed = {
+        "exp_avg": (exp_avg, momenta),
+        "exp_avg_sq": (exp_avg_sq, (wide,)),
+        "last_step": (last_step, (torch.int32,)),
+        "history": (history, (torch.float64,)),
+    }
+    for name, (tensor, dtypes) in allowed.items():
+        if tensor.dtype not in dtypes:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(f"{name} must be {names} for a table in {table.dtype}, got {tensor.dtype}")
+    check_devices(table=table, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, last_step=last_step, history=history)
+    check_shape("exp_avg", exp_avg, table.shape)
+    check_shape("exp_avg_sq", exp_avg_sq, table.shape if exp_avg_sq.dim() == 3 else table.shape[:2])
+    check_shape("last_step", last_step, table.shape[:1])
+    if history.dim() != 2 or history.shape[0] <= step or history.shape[1] != 3:
+        raise ValueError(f"history must have shape [> {step}, 3], got {list(history.shape)}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from million_experts.ops import _kernels
-from million_experts.ops.checks import check_range
+from million_experts.ops.checks import check_range, check_row_state, check_shape
 from million_experts.ops.reference import ACTIVATIONS, Visit, accumulation_dtype
 
 DEVICES = ("cpu",)
@@ -473,6 +473,9 @@ def rowwise_adamw(
     """See `reference_rowwise.rowwise_adamw`; the tensors that it changes must be contiguous."""
     changed = (table, exp_avg, exp_avg_sq, last_step, history)
     assert all(t.is_contiguous() for t in changed), "tensors that are changed in place must be contiguous"
+    check_row_state(*changed, step)
+    if values is not None:
+        check_shape("values", values, (len(values), *table.shape[1:]))
     if values is not None and values.dtype not in (table.dtype, exp_avg_sq.dtype):
         values = values.to(exp_avg_sq.dtype)
     rows, values, places, starts = (

@@ -134,7 +134,7 @@ def _check_layer(
     for name, tensor in dict(x=x, query_weight=query_weight, keys1=keys1, keys2=keys2).items():
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} must be float32, got {tensor.dtype}")
-    picks = torch.empty(len(x), num_heads * k, dtype=torch.int64)
+    picks = torch.empty(len(x), num_heads * k, dtype=torch.int64, device=x.device)
     check_experts(x, picks, x.new_empty(picks.shape), experts, None, activation)
     if experts.dtype == torch.float64:
         raise ValueError("experts must be float32 or narrower, got float64")
