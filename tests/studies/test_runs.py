@@ -186,7 +186,8 @@ def test_a_row_says_what_was_done_and_what_came_of_it(one):
         )
     (usage,) = row["expert_usage"].values()
     assert 0 < usage["usage"] <= 1
-    assert usage["tokens"] == row["texts"]["validation"]["tokens"]
+    # Windows over documents longer than the context overlap.
+    assert usage["tokens"] >= row["texts"]["validation"]["tokens"]
     assert row["seconds"] > 0
     assert row["seconds_per_step"] > 0
     assert [step for step, _ in row["training_loss"]] == list(range(1, 13))

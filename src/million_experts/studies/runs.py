@@ -85,8 +85,8 @@ def training_steps(budget: float, config: PeerConfig, settings: TrainSettings) -
         raise ValueError(
             f"budget must pay for {LEAST_STEPS} steps at least, got {budget:g} FLOPs, which are "
             f"{budget / step:.1f} steps of hidden_size={config.hidden_size} with "
-            f"{config.num_hidden_layers} blocks: {LEAST_STEPS * step:.2g} FLOPs would do, or a smaller model, "
-            "or fewer tokens a step (--batch-size)"
+            f"{config.num_hidden_layers} blocks: {LEAST_STEPS * step:.2g} FLOPs would do, or a smaller "
+            "model, or fewer tokens a step (--batch-size)"
         )
     return int(budget / step)
 
@@ -120,8 +120,8 @@ class Ledger:
             if different := differences(run, rows[run.name]):
                 raise ValueError(
                     f"the run {run.name} in {self.path} was made with other settings: "
-                    f"{'; '.join(different)}. Give the options it was made with, or another --output for a new "
-                    "study"
+                    f"{'; '.join(different)}. Give the options it was made with, or another --output for a "
+                    "new study"
                 )
         return [run for run in runs if run.name not in rows]
 
@@ -163,7 +163,7 @@ class Ledger:
 
 
 def stored_settings(settings: TrainSettings) -> dict[str, Any]:
-    """The settings that decide what a run learns, as JSON holds them, with the defaults of layers written out.
+    """The settings that decide what a run learns, as JSON holds them; defaults of layers are written out.
 
     A row keeps its meaning, and is not taken for that of a run with other defaults, when those change.
     """
@@ -347,8 +347,8 @@ def _recognise(run: Run, texts: Texts, ledger: Ledger) -> None:
         changed = [name for name, text in row.get("texts", {}).items() if text != now.get(name)]
         if changed:
             raise ValueError(
-                f"data is not what {row['name']} in {ledger.path} was made with ({', '.join(changed)} differs), "
-                "so their losses cannot be compared: bring the old text back, or give another --output"
+                f"data is not what {row['name']} in {ledger.path} was made with ({', '.join(changed)} "
+                "differs), so their losses cannot be compared: bring the old text back, or give another --output"
             )
 
 

@@ -16,9 +16,8 @@ from million_experts.lm.packing import TokenStream, tokenize_documents
 from million_experts.lm.settings import TrainSettings
 from million_experts.lm.tokenizer import train_tokenizer
 
-DATA = ["wikipedia-leads", "state-of-the-union"]
-# A run's seed is that of its weights and of the order of its data; the split and with it the tokenizer stay, so
-# that runs of two methods with one seed differ in the method alone.
+# A run's seed is that of its weights and of the order of its data; the split and with it the tokenizer stay,
+# so that runs of two methods with one seed differ in the method alone.
 SPLIT_SEED = 0
 # Python's own reference of the language: no training reads it, and every machine that runs a study has it.
 PYTHON_TOPICS = "python-topics"
