@@ -26,12 +26,7 @@ TINY_STUDY = (
     "--seeds 1 --vocab-size 300 --context 32 --batch-size 2 --max-documents 20 --cache-dir cache "
     "--peer num_experts=64 --peer num_heads=2 --peer experts_per_head=4 --peer key_dim=8"
 ).split()
-TINY_STUDIES = {
-    "isoflop": (
-        "--budget 2e7 --sizes 16x2 --learning-rates 2e-3 --expert-choice num_experts=4 --pkm num_experts=64 "
-        "--pkm experts_per_head=4 --memory-plus num_experts=64 --memory-plus experts_per_head=4"
-    ).split()
-}
+TINY_STUDIES = {"isoflop": ("--budget 1e8 --methods dense,peer --sizes 16x2 --learning-rates 2e-3").split()}
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -43,9 +43,9 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
         parts += [
             "## Loss against size",
             f"![Validation loss against FLOPs per token]({FIGURE})",
-            "Size is training FLOPs per token, all that a model computes; first seed, validation text. A curve "
-            "is the least-squares parabola over the logarithm of size where the losses curve upwards, its star "
-            "the minimum.",
+            "Size is training FLOPs per token, all that a model computes; first seed, validation text. A "
+            "curve is the least-squares parabola over the logarithm of size where the losses curve upwards, "
+            "its star the minimum.",
             _sizes(study),
             "## The best model of each method",
             "Its size was chosen by validation loss with the first seed. Means over seeds with half of the "

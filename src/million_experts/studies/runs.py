@@ -233,7 +233,8 @@ def execute(
         return
     machine = describe()
     pace = Pace(ledger.rows(), machine)
-    texts, key = None, None
+    texts: Texts | None = None
+    key: tuple[Any, ...] = ()
     with StudyProgress(console, pending, pace, later_flops) as progress:
         try:
             for run in pending:
@@ -348,7 +349,8 @@ def _recognise(run: Run, texts: Texts, ledger: Ledger) -> None:
         if changed:
             raise ValueError(
                 f"data is not what {row['name']} in {ledger.path} was made with ({', '.join(changed)} "
-                "differs), so their losses cannot be compared: bring the old text back, or give another --output"
+                "differs), so their losses cannot be compared: bring the old text back, or give another "
+                "--output"
             )
 
 
