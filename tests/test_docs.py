@@ -21,6 +21,13 @@ TINY = (
     "--peer key_dim=16 --peer num_heads=2 --max-documents 60 --eval-steps 2 --save-steps 2"
 ).split()
 
+# Of any study, so that its runs take a moment: options given last win, but for the budgets.
+TINY_STUDY = (
+    "--seeds 1 --vocab-size 300 --context 32 --batch-size 2 --max-documents 20 --cache-dir cache "
+    "--peer num_experts=64 --peer num_heads=2 --peer experts_per_head=4 --peer key_dim=8"
+).split()
+TINY_STUDIES = {"isoflop": ("--budget 1e8 --methods dense,peer --sizes 16x2 --learning-rates 2e-3").split()}
+
 
 def blocks(page: str, language: str) -> list[str]:
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -79,6 +86,13 @@ def test_commands_run(command, folder, monkeypatch):
         # The whole of the State of the Union takes a minute: a part of it stands in.
         (folder / "speech.txt").write_text("My fellow citizens, the state of the Union is strong. " * 20)
         arguments[arguments.index("--data") + 1] = "speech.txt"
+    elif arguments[0] == "study":
+        if arguments[1] == "report":
+            run(["study", "isoflop", *TINY_STUDY, *TINY_STUDIES["isoflop"]])
+        else:
+            while "--budget" in arguments:
+                del arguments[(place := arguments.index("--budget")) : place + 2]
+            arguments += [*TINY_STUDY, *TINY_STUDIES[arguments[1]]]
     run(arguments)
 
 
