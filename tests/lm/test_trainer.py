@@ -425,3 +425,9 @@ def test_resuming_with_sparse_gradients_goes_the_same_way(tmp_path, accumulation
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     (table,) = (state for state in whole.optimizer.state.values() if "last_step" in state)
     assert table["exp_avg"].dtype == state.get("momentum_dtype", torch.float32)
+
+
+def test_loading_the_best_model_is_refused(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    with pytest.raises(ValueError, match="load_best_model_at_end must be False"):
+        make_trainer(tmp_path, load_best_model_at_end=True, **options)

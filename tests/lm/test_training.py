@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from million_experts import PEER
 from million_experts.lm import data, report, training
 from million_experts.lm.data import load_test_stream
-from million_experts.lm.memory import resident_bytes
+from million_experts.lm.memory import expected_peak, resident_bytes
 from million_experts.lm.ngram import bigram_nats, unigram_nats
 from million_experts.lm.scoring import score_documents
 from million_experts.lm.settings import TrainSettings
 from million_experts.lm.trainer import LanguageModelTrainer, list_checkpoints
-from million_experts.lm.training import train
+from million_experts.lm.training import check_memory, model_config, train
 from million_experts.models import PeerForCausalLM, count_parameters
 
 WORDS = "the a of in city river mountain king house small old new water light stone was has great".split()
@@ -329,6 +329,17 @@ def test_what_cannot_fit_is_refused_before_anything_is_made(folder, tmp_path, mo
         assert way_out in str(error.value)
     assert "active for a token" in out.getvalue()
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_of_one_machine_share_its_memory(folder, tmp_path, monkeypatch):
+    settings = make_settings(folder, tmp_path / "run")
+    config = model_config(settings, settings.vocab_size)
+    peak = expected_peak(config, settings)
+    monkeypatch.setattr(training, "available_memory", lambda: int(1.5 * peak))
+    check_memory(config, settings)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(MemoryError, match=r"the run, each of 2 processes, is expected to take"):
+        check_memory(config, settings)
 
 
 def test_the_plan_of_a_million_experts_takes_no_memory(folder, tmp_path, monkeypatch):

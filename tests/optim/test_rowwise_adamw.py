@@ -557,7 +557,7 @@ def test_bad_gradients_change_nothing():
             lambda p, state: state.update(exp_avg_sq=state["exp_avg_sq"].double()),
             "exp_avg_sq must be float32",
         ),
-        (lambda p, state: state.update(exp_avg=state["exp_avg"][:2]), r"exp_avg must have shape \[3, 1, 4\]"),
+        (lambda p, state: state.update(exp_avg=state["exp_avg"][:2]), r"exp_avg must have shape \[3, 4\]"),
         (lambda p, state: state.update(last_step=state["last_step"][:2]), r"last_step must have shape \[3\]"),
         (lambda p, state: state.update(last_step=state["last_step"].long()), "last_step must be int32"),
     ],
@@ -574,7 +574,10 @@ def test_a_state_of_another_table_is_refused_before_it_is_written_to(change, mes
     p.grad = sparse([2], torch.ones(1, 4, dtype=p.dtype), p.shape)
     with pytest.raises(ValueError, match=message):
         optimizer.step()
+    with pytest.raises(ValueError, match=message):
+        optimizer.begin_step(p)
     assert torch.equal(p, before)
+    assert optimizer.state[p]["step"] == 1
 
 
 def test_untouched_rows_take_no_memory(measure_peaks):

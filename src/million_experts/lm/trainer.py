@@ -63,13 +63,16 @@ class LanguageModelTrainer(Trainer):
         sync_query_norm: under `torchrun`, let query BatchNorm take the statistics of all ranks' tokens.
 
     Raises:
-        ValueError: tables with sparse gradients under a kind of parallelism that cannot exchange them.
+        ValueError: tables with sparse gradients under a kind of parallelism that cannot exchange them, or
+            load_best_model_at_end, which looks for checkpoints where they are only written.
     """
 
     _writing_to: str | None = None
 
     def __init__(self, *args: Any, sync_query_norm: bool = True, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end must be False: keep the checkpoints and load the best")
         self.resources = ResourceCallback()
         self.add_callback(self.resources)
         kind, model = self.accelerator.distributed_type, self.model

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import tempfile
 import time
@@ -225,7 +226,7 @@ def print_plan(config: PeerConfig, settings: TrainSettings, console: Console, pr
     """Prints what will be trained and what it will take; refuses what cannot fit.
 
     Args:
-        processes: that train together, on a machine of theirs each.
+        processes: that train together, of which this machine's share its memory.
 
     Raises:
         MemoryError: the expected peak is above the memory that is available.
@@ -244,16 +245,18 @@ def print_plan(config: PeerConfig, settings: TrainSettings, console: Console, pr
 
 
 def check_memory(config: PeerConfig, settings: TrainSettings) -> None:
-    """Refuses a run that cannot fit.
+    """Refuses a run that cannot fit; the processes that torchrun started here share the memory.
 
     Raises:
         MemoryError: the expected peak is above the memory that is available.
     """
+    here = 1 if torch.cuda.is_available() else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     peak, available = expected_peak(config, settings), available_memory()
-    if peak > available:
+    if here * peak > available:
+        each = f", each of {here} processes," if here > 1 else ""
         raise MemoryError(
-            f"the run is expected to take {peak / 1e9:.1f} GB at its peak and {available / 1e9:.1f} GB are "
-            "available: use fewer experts (--peer num_experts=...), a smaller --batch-size with more "
+            f"the run{each} is expected to take {peak / 1e9:.1f} GB at its peak and {available / 1e9:.1f} GB "
+            "are available: use fewer experts (--peer num_experts=...), a smaller --batch-size with more "
             "--gradient-accumulation-steps, or --gradient-checkpointing"
         )
 

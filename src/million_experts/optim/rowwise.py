@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 from million_experts._arguments import check_choice, is_integer
 from million_experts.layers import PEER
 from million_experts.ops.backends import implementation, resolve_backend
+from million_experts.ops.checks import check_row_state, check_shape
 from million_experts.ops.reference import Visit
 from million_experts.ops.reference_rowwise import mix64
 from million_experts.optim.row_state import merge_rows, moved, record, start_rows
@@ -119,7 +120,7 @@ class RowwiseAdamW(Optimizer):
         Meant for the backward pass, see `fuse_into_backward`. Each row must come once.
         """
         group, index = self._find(p)
-        _check_rate(group)
+        _check_table(p, self.state.get(p, {}), group)
         step = self._next_step(p, group)
 
         def visit(rows: Tensor, values: Tensor) -> None:
@@ -192,7 +193,8 @@ class RowwiseAdamW(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and _is_sparse(p.grad):
-                    _check_sparse(p, p.grad, group)
+                    _check_form(p.grad)
+                    _check_table(p, self.state.get(p, {}), group)
                 elif p.grad is not None:
                     _check_dense(p, self.state.get(p, {}))
         for p, in_backward in self._in_backward:
@@ -292,22 +294,19 @@ class RowwiseAdamW(Optimizer):
         starts: Tensor | None,
     ) -> None:
         state = self.state[p]
-        D = p.shape[-1] if p.dim() > 1 else 1
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        by_row = p.dim() > 1 and moments[1].dim() < p.dim()
-        whole = all(t.is_contiguous() for t in (p, *moments))
+        table, exp_avg, exp_avg_sq = _of_rows(p, state)
+        whole = all(t.is_contiguous() for t in (table, exp_avg, exp_avg_sq))
         backend = resolve_backend("auto", p.device.type) if whole else "reference"
-        R = math.prod(p.shape[1:]) // D if D else 0
         key = mix64(mix64(mix64(group["seed"] % 2**64) ^ step) ^ index)
         implementation(backend).rowwise_adamw(
-            _as_rows(p.detach(), R, D),
-            _as_rows(moments[0], R, D),
-            moments[1].view(len(p), R) if by_row else _as_rows(moments[1], R, D),
+            table,
+            exp_avg,
+            exp_avg_sq,
             state["last_step"],
             state["history"],
             step,
             rows,
-            values if values is None else values.reshape(len(values), R, D),
+            values if values is None else values.reshape(len(values), *table.shape[1:]),
             places,
             starts,
             float(group["lr"]),
@@ -320,8 +319,18 @@ class RowwiseAdamW(Optimizer):
         torch.autograd.graph.increment_version(p)
 
 
-def _as_rows(tensor: Tensor, R: int, D: int) -> Tensor:
-    return tensor.view(len(tensor), R, D)
+def _of_rows(p: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Table and moments as [N, R, D]; the second [N, R] where it is one number for the last dimension."""
+    D = p.shape[-1] if p.dim() > 1 else 1
+    R = math.prod(p.shape[1:]) // D if D else 0
+    squares = state["exp_avg_sq"]
+    by_row = p.dim() > 1 and squares.dim() < p.dim()
+    shape = len(p), R, D
+    return (
+        p.detach().view(shape),
+        state["exp_avg"].view(shape),
+        squares.view(shape[:2] if by_row else shape),
+    )
 
 
 def _is_sparse(grad: Tensor) -> bool:
@@ -344,20 +353,25 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"seed must be an int, got {options['seed']!r}")
 
 
-def _check_sparse(p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+def _check_form(grad: Tensor) -> None:
     if grad.layout != torch.sparse_coo or grad.sparse_dim() != 1:
         form = f"{grad.sparse_dim()} sparse dimensions" if grad.layout == torch.sparse_coo else grad.layout
         raise ValueError(f"a sparse gradient must be torch.sparse_coo with 1 sparse dimension, got {form}")
+
+
+def _check_table(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """What a sparse step needs, looked at before it changes anything."""
     if p.dtype not in _TABLE_DTYPES:
         raise ValueError(f"a parameter with a sparse gradient must be one of {_TABLE_DTYPES}, got {p.dtype}")
     if not p.is_contiguous():
         raise ValueError(f"a parameter with a sparse gradient must be contiguous, got strides {p.stride()}")
     if p.dtype == torch.float64 and group["momentum_dtype"] is not None:
         raise ValueError(f"momentum_dtype must be None for a float64 table, got {group['momentum_dtype']}")
-    _check_rate(group)
-
-
-def _check_rate(group: dict[str, Any]) -> None:
+    if "last_step" in state:
+        check_shape("exp_avg", state["exp_avg"], p.shape)
+        check_shape("exp_avg_sq", state["exp_avg_sq"], p.shape[: state["exp_avg_sq"].dim()])
+        rows = _of_rows(p, state)
+        check_row_state(*rows, state["last_step"], state["history"], int(state["step"]))
     if float(group["lr"]) * group["weight_decay"] >= 1:
         raise ValueError(
             f"lr * weight_decay must be below 1, got {float(group['lr'])} * {group['weight_decay']}: "
