@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 
 from million_experts.lm.files import explained
-from million_experts.studies.isoflop import METHODS, format_budget, validation_loss
+from million_experts.studies.isoflop import METHODS, SWEEP, format_budget, validation_loss
 from million_experts.studies.runs import Row
 from million_experts.studies.statistics import Interval, fit_parabola, interval, paired_difference
 from million_experts.studies.tables import format_interval, markdown_table, run_names
@@ -72,7 +72,7 @@ class _Study:
         self.rows = rows
         names = {row["labels"]["method"] for row in rows}
         self.methods = [method for method in METHODS if method in names]
-        self.sweep = [row for row in rows if row["labels"]["phase"] == "learning rates"]
+        self.sweep = [row for row in rows if row["labels"]["phase"] == SWEEP]
         self.rates = {
             method: best["labels"]["learning_rate"]
             for method in self.methods
