@@ -172,13 +172,14 @@ class Options:
         if method == "peer_shared":
             given = {"shared_width": 4 * size.hidden_size} | given | dict(self.arguments.get("peer", {}))
         given |= self.arguments.get(method, {})
+        changes: dict[str, Any] = {"dense": dict(self.arguments.get("dense", {})), kind: given}
         return dataclasses.replace(
             self.base,
             hidden_size=size.hidden_size,
             num_hidden_layers=layers,
             num_attention_heads=size.num_attention_heads,
             mlp_layer_types=[kind if i == layers // 2 else "dense" for i in range(layers)],
-            **{"dense": dict(self.arguments.get("dense", {}))} | {kind: given},
+            **changes,
         )
 
     def run(self, method: str, budget: float, size: Size, learning_rate: float, seed: int, phase: str) -> Run:
@@ -306,14 +307,13 @@ def print_plan(options: Options, ledger: Ledger, console: Console) -> None:
     pending = {run.name: run for phase in plans for run in ledger.missing(phase.runs)}
     pace = Pace(ledger.rows(), describe())
     table = Table(title=f"{STUDY}: runs known so far and not in {ledger.path}", title_justify="left")
-    for column in ("run", "model", "steps", "tokens", "FLOPs", "expected"):
+    for column in ("run", "model", "steps", "FLOPs", "expected"):
         table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
     for run in pending.values():
         table.add_row(
             run.name,
             count_parameters(run.config).label,
             f"{run.settings.steps:,}",
-            f"{run.settings.steps * run.settings.tokens_per_step():,}",
             f"{run.flops:.3g}",
             format_duration(pace.seconds(run)),
         )

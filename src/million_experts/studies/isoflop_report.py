@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 
 from million_experts.lm.files import explained
-from million_experts.studies.isoflop import METHODS, format_budget, validation_loss
+from million_experts.studies.isoflop import METHODS, SWEEP, format_budget, validation_loss
 from million_experts.studies.runs import Row
 from million_experts.studies.statistics import Interval, fit_parabola, interval, paired_difference
 from million_experts.studies.tables import format_interval, markdown_table, run_names
@@ -72,7 +72,7 @@ class _Study:
         self.rows = rows
         names = {row["labels"]["method"] for row in rows}
         self.methods = [method for method in METHODS if method in names]
-        self.sweep = [row for row in rows if row["labels"]["phase"] == "learning rates"]
+        self.sweep = [row for row in rows if row["labels"]["phase"] == SWEEP]
         self.rates = {
             method: best["labels"]["learning_rate"]
             for method in self.methods
@@ -176,7 +176,7 @@ def _parabola(rows: Sequence[Row]) -> Any:
 
 def _best_models(study: _Study, budget: float) -> str:
     parts = [f"### {format_budget(budget)} FLOPs"]
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for method in study.methods:
         for row in study.best(method, budget)[:1]:
             lines.append(
@@ -190,15 +190,7 @@ def _best_models(study: _Study, budget: float) -> str:
                     _usage(row),
                 )
             )
-    header = (
-        "method",
-        "size",
-        "parameters, active",
-        "FLOPs a token",
-        "tokens",
-        "learning rate",
-        "experts used",
-    )
+    header = ("method", "size", "parameters", "FLOPs a token", "tokens", "learning rate", "experts used")
     parts.append(markdown_table(header, lines))
     for test in study.tests:
         lines = []
@@ -207,18 +199,11 @@ def _best_models(study: _Study, budget: float) -> str:
             if rows:
                 loss = interval([row["tests"][test]["loss"] for row in rows])
                 bits = interval([row["tests"][test]["bits_per_byte"] for row in rows])
-                lines.append(
-                    (
-                        method,
-                        format_interval(loss, 4),
-                        f"{math.exp(loss.mean):.2f}",
-                        format_interval(bits, 4),
-                        str(loss.n),
-                        run_names(rows),
-                    )
-                )
-        header = ("method", "nats per token", "perplexity", "bits per byte", "n", "runs")
-        parts.append(f"Test text {test}:\n\n{markdown_table(header, lines)}")
+                perplexity = f"{math.exp(loss.mean):.2f}"
+                numbers = format_interval(loss, 4), perplexity, format_interval(bits, 4), str(loss.n)
+                lines.append((method, *numbers, run_names(rows)))
+        columns = ("method", "nats per token", "perplexity", "bits per byte", "n", "runs")
+        parts.append(f"Test text {test}:\n\n{markdown_table(columns, lines)}")
     return "\n\n".join(parts)
 
 
