@@ -21,6 +21,18 @@ TINY = (
     "--peer key_dim=16 --peer num_heads=2 --max-documents 60 --eval-steps 2 --save-steps 2"
 ).split()
 
+# Of any study, so that its runs take a moment: options given last win, but for the budgets.
+TINY_STUDY = (
+    "--seeds 1 --vocab-size 300 --context 32 --batch-size 2 --max-documents 20 --cache-dir cache "
+    "--peer num_experts=64 --peer num_heads=2 --peer experts_per_head=4 --peer key_dim=8"
+).split()
+TINY_STUDIES = {
+    "isoflop": (
+        "--budget 2e7 --sizes 16x2 --learning-rates 2e-3 --expert-choice num_experts=4 --pkm num_experts=64 "
+        "--pkm experts_per_head=4 --memory-plus num_experts=64 --memory-plus experts_per_head=4"
+    ).split()
+}
+
 
 def blocks(page: str, language: str) -> list[str]:
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -79,6 +91,13 @@ def test_commands_run(command, folder, monkeypatch):
         # The whole of the State of the Union takes a minute: a part of it stands in.
         (folder / "speech.txt").write_text("My fellow citizens, the state of the Union is strong. " * 20)
         arguments[arguments.index("--data") + 1] = "speech.txt"
+    elif arguments[0] == "study":
+        if arguments[1] == "report":
+            run(["study", "isoflop", *TINY_STUDY, *TINY_STUDIES["isoflop"]])
+        else:
+            while "--budget" in arguments:
+                del arguments[(place := arguments.index("--budget")) : place + 2]
+            arguments += [*TINY_STUDY, *TINY_STUDIES[arguments[1]]]
     run(arguments)
 
 

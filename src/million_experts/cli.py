@@ -30,9 +30,10 @@ from million_experts.lm.settings import (
     SETTINGS_FILE,
     TrainSettings,
     load_preset,
-    parse_yaml,
+    parse_arguments,
     preset_names,
 )
+from million_experts.studies import command as studies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -162,18 +163,10 @@ def _number(text: str) -> Any:
 
 
 def _parse_arguments(name: str, pairs: list[str]) -> dict[str, Any]:
-    arguments = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise typer.BadParameter(f"must be name=value, got {pair!r}", param_hint=f"--{name}")
-        try:
-            arguments[key.strip().replace("-", "_")] = parse_yaml(value)
-        except yaml.YAMLError as error:
-            raise typer.BadParameter(
-                f"{value!r} is not a value of YAML, such as 4, 0.1, true or [64, 32]", param_hint=f"--{name}"
-            ) from error
-    return arguments
+    try:
+        return parse_arguments(pairs)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=f"--{name}") from error
 
 
 app.command("train")(_train_command())
@@ -487,6 +480,10 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 app.command("bench")(_user_errors()(bench))
+study = typer.Typer(help=studies.HELP, no_args_is_help=True, rich_markup_mode="rich")
+for name, command in studies.COMMANDS.items():
+    study.command(name)(_user_errors()(command))
+app.add_typer(study, name="study")
 
 
 if __name__ == "__main__":

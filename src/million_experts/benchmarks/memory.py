@@ -77,7 +77,7 @@ def release() -> None:
         trim(0)
 
 
-def _release_kept() -> None:
+def release_kept() -> None:
     """Frees the buffers that the kernels keep: of what a step works with, nothing is there before it."""
     if available_backends()["cpu"] is None:
         importlib.import_module("million_experts.ops.cpu").release_buffers()
@@ -154,7 +154,7 @@ def peaks(competitor: Competitor, phases: Iterable[str]) -> dict[str, Peak]:
             _iterate(workload, phase, optimizer, 1)
             settle(optimizer)
             highest = max(highest, resident_bytes("VmHWM"))
-            _release_kept()
+            release_kept()
             ready = resident_bytes()
             reset_peak()
         # The first step makes the optimiser's state, the second has it beside everything else.

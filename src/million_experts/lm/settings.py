@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -168,6 +169,12 @@ class TrainSettings:
         """Tokens of all micro-batches of all processes."""
         return self.tokens_per_micro_batch * self.gradient_accumulation_steps * processes
 
+    @property
+    def peak_table_learning_rate(self) -> float:
+        """The peak learning rate of the expert tables, where none is given too."""
+        given = self.table_learning_rate
+        return TABLE_RATE * self.learning_rate if given is None else given
+
     def save(self, path: Path) -> None:
         """Writes the settings as YAML, whole or not at all."""
         write_whole(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
@@ -247,6 +254,24 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: the text is not YAML.
     """
     return yaml.load(text, Loader=_Yaml)
+
+
+def parse_arguments(pairs: Iterable[str]) -> dict[str, Any]:
+    """Arguments of a layer from texts "name=value", each value in YAML.
+
+    Raises:
+        ValueError: a text of another form.
+    """
+    arguments = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"must be name=value, got {pair!r}")
+        try:
+            arguments[key.strip().replace("-", "_")] = parse_yaml(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{value!r} is not a value of YAML, such as 4, 0.1, true or [64, 32]") from error
+    return arguments
 
 
 def describe_type(kind: Any) -> str:

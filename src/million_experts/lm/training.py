@@ -1,8 +1,11 @@
 """A training run from settings to figures."""
 
+import dataclasses
 import json
 import shlex
+import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import (
     PreTrainedTokenizerBase,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -28,7 +32,7 @@ from million_experts.lm.files import explained, make_folder, save_whole
 from million_experts.lm.memory import available_memory, expected_peak, keep_freed_memory, takes_bfloat16
 from million_experts.lm.packing import PackedBlocks, TokenStream
 from million_experts.lm.report import RESULTS_FILE, measure, print_results
-from million_experts.lm.settings import SETTINGS_FILE, TABLE_RATE, TrainSettings
+from million_experts.lm.settings import SETTINGS_FILE, TrainSettings
 from million_experts.lm.trainer import LanguageModelTrainer, check_checkpoint, list_checkpoints
 from million_experts.models import PeerConfig, PeerForCausalLM, count_parameters, memory_estimate
 from million_experts.models.feed_forwards import FEED_FORWARDS
@@ -81,10 +85,7 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         streams, tokenizer = prepare_data(settings, run, console, processes)
     if processes > 1 and len(set(gather_object([digests(streams)["train"]]))) > 1:
         raise ValueError("data must be the same text in every process; the training splits differ")
-    set_seed(settings.seed)
-    config = model_config(settings, len(tokenizer))
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
-    model = PeerForCausalLM(config)
+    model = build_model(settings, tokenizer)
     trainer = _make_trainer(settings, run, model, tokenizer, streams)
     checkpoint, step = None, 0
     if found := list_checkpoints(run):
@@ -126,6 +127,55 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         print_results(results, console)
     ranks.wait_for_everyone()
     return json.loads((run / RESULTS_FILE).read_text())
+
+
+def fit(
+    settings: TrainSettings,
+    model: PeerForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    streams: dict[str, TokenStream],
+    callbacks: Iterable[TrainerCallback] = (),
+) -> tuple[list[dict[str, float]], float]:
+    """Trains a model in this process and leaves nothing on disk: no checkpoint, no metrics, no evaluation.
+
+    The steps are those of `train` with the same settings, text and seed.
+
+    Args:
+        model: of `build_model`; it is trained in place.
+        streams: "train" and "validation", of which the latter must hold one sequence and is not read.
+        callbacks: told of every step; one that raises ends the training.
+
+    Returns:
+        The trainer's log and the seconds that training took.
+
+    Raises:
+        FloatingPointError: the loss or a gradient was no longer finite.
+    """
+    keep_freed_memory()
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory() as nowhere:
+        settings = dataclasses.replace(settings, report_to=["none"])
+        trainer = _make_trainer(settings, Path(nowhere), model, tokenizer, streams, watch=False)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        start = time.monotonic()
+        trainer.train()
+        trainer.flush()
+        return trainer.state.log_history, time.monotonic() - start
+
+
+def build_model(
+    settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None
+) -> PeerForCausalLM:
+    """The untrained model of the settings; their seed decides its weights and, later, dropout.
+
+    Args:
+        vocab_size: rows of the embedding, by default as many as `tokenizer` has tokens.
+    """
+    set_seed(settings.seed)
+    config = model_config(settings, len(tokenizer) if vocab_size is None else vocab_size)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    return PeerForCausalLM(config)
 
 
 def model_config(settings: TrainSettings, vocab_size: int) -> PeerConfig:
@@ -190,6 +240,16 @@ def print_plan(config: PeerConfig, settings: TrainSettings, console: Console, pr
     table.add_row("precision", "bfloat16 autocast" if takes_bfloat16(settings.precision) else "float32")
     table.add_row("memory", f"{peak / 1e9:.1f} GB expected at the peak, {available / 1e9:.1f} GB available")
     console.print(table)
+    check_memory(config, settings)
+
+
+def check_memory(config: PeerConfig, settings: TrainSettings) -> None:
+    """Refuses a run that cannot fit.
+
+    Raises:
+        MemoryError: the expected peak is above the memory that is available.
+    """
+    peak, available = expected_peak(config, settings), available_memory()
     if peak > available:
         raise MemoryError(
             f"the run is expected to take {peak / 1e9:.1f} GB at its peak and {available / 1e9:.1f} GB are "
@@ -233,12 +293,13 @@ def _make_trainer(
     model: PeerForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     streams: dict[str, TokenStream],
+    watch: bool = True,
 ) -> LanguageModelTrainer:
-    table_rate = settings.table_learning_rate
+    """A trainer; without `watch` it neither evaluates nor writes checkpoints on its way."""
     groups = parameter_groups(
         model,
         settings.learning_rate,
-        TABLE_RATE * settings.learning_rate if table_rate is None else table_rate,
+        settings.peak_table_learning_rate,
         settings.weight_decay,
         settings.table_weight_decay,
     )
@@ -264,10 +325,10 @@ def _make_trainer(
         ddp_find_unused_parameters=False,  # every block uses all of its own
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
-        eval_strategy="steps",
+        eval_strategy="steps" if watch else "no",
         eval_steps=settings.eval_steps,
         prediction_loss_only=True,
-        save_strategy="steps",
+        save_strategy="steps" if watch else "no",
         save_steps=settings.save_steps,
         save_total_limit=settings.save_total_limit,
         report_to=settings.report_to,
@@ -293,5 +354,6 @@ def _make_trainer(
         sync_query_norm=settings.sync_query_norm,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ExpertUsageCallback(trainer))
+    if watch:
+        trainer.add_callback(ExpertUsageCallback(trainer))
     return trainer

@@ -1,0 +1,213 @@
+"""`million-experts study ...`. Light to import, so that the command line's help stays quick."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from million_experts.lm.settings import DEFAULT_CACHE, TABLE_RATE, TrainSettings, parse_arguments
+
+if TYPE_CHECKING:
+    from click import Context
+
+    from million_experts.studies.runs import Ledger
+
+HELP = "Compare PEER with its competitors at equal cost: training runs, a ledger of them, a report."
+DEFAULT_OUTPUT = Path("runs/studies")
+DATA = ["wikipedia-leads", "state-of-the-union"]
+
+Output = Annotated[
+    Path,
+    typer.Option(
+        help="Folder for the ledger, STUDY.jsonl, and the report. Runs in the ledger are not repeated."
+    ),
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Seeds, 0, 1, ..., of weights and order of the data.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the runs and the hours that they will take; train nothing.")
+]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        help="Corpus, as in `train`; repeat for several. Each one's test split is tested on by itself.",
+    ),
+]
+TextColumn = Annotated[str, typer.Option(help="Column of the text in JSONL, Parquet and hub data.")]
+MaxDocuments = Annotated[
+    int | None, typer.Option(min=3, help="Use only the first so many documents of each text.")
+]
+CacheDir = Annotated[str, typer.Option(help="Folder of tokenised text.")]
+VocabSize = Annotated[int, typer.Option(help="Tokens of the tokenizer, trained on the training splits.")]
+ContextTokens = Annotated[int, typer.Option("--context", help="Tokens of a training sequence.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences in a micro-batch.")]
+Accumulation = Annotated[int, typer.Option("--gradient-accumulation-steps", help="Micro-batches in a step.")]
+Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16, as in `train`.")]
+
+
+def _arguments(what: str) -> Any:
+    text = f"Argument of {what} as name=value, in place of its default. Repeat for several."
+    return typer.Option(help=text, rich_help_panel="Layers", show_default=False)
+
+
+def isoflop(
+    context: typer.Context,
+    budget: Annotated[list[float], typer.Option(help="Training FLOPs of a run. Repeat for several.")],
+    methods: Annotated[
+        str, typer.Option(help="Feed-forwards of the middle block, with commas between.")
+    ] = "dense,swiglu,moe,expert_choice,pkm,memory_plus,peer,peer_shared",
+    seeds: Seeds = 3,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="Models as WIDTHxBLOCKS with commas between, e.g. 64x3,128x4; by default those whose "
+            "dense form sees 5 to 60 tokens for each of its parameters.",
+            show_default=False,
+        ),
+    ] = None,
+    learning_rates: Annotated[
+        str,
+        typer.Option(help="Tried for every method at the smallest budget and its middle size, first seed."),
+    ] = "1e-3,2e-3,4e-3",
+    table_rate: Annotated[
+        float, typer.Option(help="Learning rate of tables of experts or values, in units of the others'.")
+    ] = TABLE_RATE,
+    all_sizes: Annotated[
+        bool, typer.Option("--all-sizes", help="All seeds at every size, not only at each method's best.")
+    ] = False,
+    data: Data = DATA,
+    text_column: TextColumn = "text",
+    max_documents: MaxDocuments = None,
+    vocab_size: VocabSize = 4096,
+    context_tokens: ContextTokens = 256,
+    batch_size: BatchSize = 16,
+    gradient_accumulation_steps: Accumulation = 1,
+    precision: Precision = "auto",
+    peer: Annotated[list[str] | None, _arguments("PEER, with a shared branch or without,")] = None,
+    peer_shared: Annotated[list[str] | None, _arguments("PEER with a shared branch alone")] = None,
+    dense: Annotated[list[str] | None, _arguments("every dense layer")] = None,
+    moe: Annotated[list[str] | None, _arguments("the token-choice mixture")] = None,
+    expert_choice: Annotated[list[str] | None, _arguments("the expert-choice mixture")] = None,
+    pkm: Annotated[list[str] | None, _arguments("the product-key memory")] = None,
+    memory_plus: Annotated[list[str] | None, _arguments("Memory+")] = None,
+    output: Output = DEFAULT_OUTPUT,
+    cache_dir: CacheDir = DEFAULT_CACHE,
+    dry_run: DryRun = False,
+) -> None:
+    """Train models of several sizes at a fixed budget of FLOPs, with each kind of feed-forward.
+
+    First a sweep of the learning rate for each method, then all sizes with the first seed, then the other
+    seeds at the best size: choices by validation loss. Interrupt at will: the same command goes on.
+    """
+    from million_experts.studies.isoflop import Options, Size, print_plan, run_study
+
+    given = {
+        "peer": peer,
+        "peer_shared": peer_shared,
+        "dense": dense,
+        "moe": moe,
+        "expert_choice": expert_choice,
+        "pkm": pkm,
+        "memory_plus": memory_plus,
+    }
+    options = Options(
+        budgets=tuple(budget),
+        methods=tuple(_names(methods)),
+        seeds=seeds,
+        sizes=None if sizes is None else tuple(map(Size.parse, _names(sizes))),
+        learning_rates=_numbers("learning_rates", learning_rates),
+        arguments={name: layer_arguments(name, pairs) for name, pairs in given.items() if pairs},
+        table_rate=table_rate,
+        all_sizes=all_sizes,
+        base=TrainSettings(
+            data=list(data),
+            text_column=text_column,
+            max_documents=max_documents,
+            vocab_size=vocab_size,
+            context=context_tokens,
+            batch_size=batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            precision=precision,
+            cache_dir=cache_dir,
+        ),
+    )
+    ledger = open_ledger(output, "isoflop")
+    if dry_run:
+        print_plan(options, ledger, Console())
+        return
+    run_study(options, ledger, Console(), command_line(context))
+    finish(ledger, Console())
+
+
+def report(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of the ledgers; the reports go there.")
+    ] = DEFAULT_OUTPUT,
+) -> None:
+    """Write the reports of a folder's studies, each with its figures, from their ledgers."""
+    from million_experts.studies.report import write_reports
+
+    for path in write_reports(folder):
+        Console().print(f"Report: {path}", markup=False, soft_wrap=True)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"isoflop": isoflop, "report": report}
+
+
+def open_ledger(output: Path, study: str) -> "Ledger":
+    """The ledger of a study in the folder of `--output`."""
+    from million_experts.lm.files import make_folder
+    from million_experts.studies.report import ledger_path
+    from million_experts.studies.runs import Ledger
+
+    make_folder("output", output)
+    return Ledger(ledger_path(output, study))
+
+
+def finish(ledger: "Ledger", console: Console) -> None:
+    """Writes the report of a study that has ended, and says where it is."""
+    from million_experts.studies.report import write_report
+
+    console.print(f"Report: {write_report(ledger)}", markup=False, soft_wrap=True)
+
+
+def command_line(context: "Context") -> str:
+    """The command that the user gave, from what was parsed, for the rows of the ledger."""
+    words = ["million-experts", "study", context.info_name or ""]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source, value = context.get_parameter_source(name), context.params.get(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        option = parameter.opts[-1]
+        if isinstance(value, bool):
+            words.append(option if value else parameter.secondary_opts[-1])
+        else:
+            for part in value if isinstance(value, list | tuple) else [value]:
+                words += [option, f"{part:g}" if isinstance(part, float) else str(part)]
+    return shlex.join(words)
+
+
+def layer_arguments(name: str, pairs: list[str] | None) -> dict[str, Any]:
+    """The arguments that an option of a layer's name gives.
+
+    Raises:
+        ValueError: they are not of the form name=value.
+    """
+    try:
+        return parse_arguments(pairs or [])
+    except ValueError as error:
+        raise ValueError(f"--{name.replace('_', '-')} {error}") from error
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise ValueError(f"{name} must be numbers with commas between, got {text!r}") from error

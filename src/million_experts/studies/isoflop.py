@@ -1,0 +1,335 @@
+"""The isoFLOP study: at a fixed budget of training FLOPs, which feed-forward in the middle block learns most?
+
+Sizes vary at each budget, steps = budget / FLOPs per step, as in the paper's Figure 1. Three phases, each
+planned from the ledger of those before: a sweep of the learning rate, of the same size for every method; all
+sizes with the first seed; the other seeds at the best size. Choices are made on the validation split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from million_experts.benchmarks.machine import describe
+from million_experts.lm.settings import TABLE_RATE, TrainSettings
+from million_experts.lm.training import model_config
+from million_experts.models import count_parameters
+from million_experts.studies.flops import training_flops_per_token
+from million_experts.studies.progress import Pace, format_duration
+from million_experts.studies.runs import Ledger, Row, Run, execute, training_steps
+
+STUDY = "isoflop"
+SWEEP, SIZES, SEEDS = "learning rates", "sizes", "seeds"  # the phases
+
+
+@dataclass(frozen=True)
+class Method:
+    """A feed-forward of the middle block; the other blocks are dense.
+
+    Attributes:
+        kind: of `mlp_layer_types`.
+        arguments: its arguments where they are not the layer's defaults.
+        about: one line for the report.
+    """
+
+    kind: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    about: str = ""
+
+
+METHODS: dict[str, Method] = {
+    "dense": Method("dense", about="a dense feed-forward with GELU, as in the other blocks"),
+    # One full-size expert that every token takes, with gate 1: `dense` is what the other blocks are.
+    "swiglu": Method(
+        "moe",
+        {"num_experts": 1, "experts_per_token": 1, "router_loss_coef": 0.0},
+        "a dense SwiGLU of as many parameters",
+    ),
+    "moe": Method("moe", about="token-choice mixture as in Mixtral, SwiGLU experts, balancing loss"),
+    "expert_choice": Method("expert_choice", about="expert-choice mixture, the paper's baseline"),
+    "pkm": Method("pkm", {"sparse_grad": True}, "product-key memory"),
+    "memory_plus": Method("memory_plus", {"sparse_grad": True}, "Memory+"),
+    "peer": Method("peer", {"sparse_grad": True}, "PEER"),
+    "peer_shared": Method("peer", {"sparse_grad": True}, "PEER with a dense feed-forward beside it"),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width and depth of a model; the width decides on the heads."""
+
+    hidden_size: int
+    num_hidden_layers: int
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """From "128x4", 4 blocks of width 128.
+
+        Raises:
+            ValueError: text of another form.
+        """
+        match = re.fullmatch(r"\s*(\d+)x(\d+)\s*", text)
+        if match is None:
+            raise ValueError(
+                f"sizes must be WIDTHxBLOCKS with commas between, such as 64x3,128x4; got {text!r}"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    @property
+    def num_attention_heads(self) -> int:
+        """As many heads of 64, in narrow models 32, as the width has room for."""
+        wanted = max(1, self.hidden_size // (64 if self.hidden_size > 128 else 32))
+        even = (heads for heads in range(wanted, 0, -1) if self.hidden_size % (2 * heads) == 0)
+        return next(even, 1)
+
+    def __str__(self) -> str:
+        return f"{self.hidden_size}x{self.num_hidden_layers}"
+
+
+LADDER = tuple(
+    map(
+        Size.parse,
+        "32x2 48x2 64x2 64x3 80x3 96x3 128x3 128x4 160x4 192x4 256x4 320x5 384x6 448x7 512x8 640x10 768x12 "
+        "1024x16 1280x20 1536x24 2048x24".split(),
+    )
+)
+# Tokens for each active parameter of the dense model: about 20 is best for large models, and a budget's sizes
+# should lie on both sides of the best.
+TOKENS_PER_PARAMETER = 5, 60
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a study compares.
+
+    Attributes:
+        budgets: training FLOPs.
+        methods: names in `METHODS`.
+        seeds: how many; they are 0, 1, ...
+        sizes: of every budget; None chooses by budget.
+        learning_rates: of the sweep.
+        base: the settings that all runs share.
+        arguments: method -> arguments of its layer, in place of the defaults; those of "peer" hold for
+            "peer_shared", too, and those of "dense" for the other blocks of every method.
+        table_rate: learning rate of tables over that of the rest.
+        all_sizes: the other seeds at every size, not at the best alone.
+    """
+
+    budgets: tuple[float, ...]
+    base: TrainSettings
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: int = 3
+    sizes: tuple[Size, ...] | None = None
+    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    table_rate: float = TABLE_RATE
+    all_sizes: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("budgets", "methods", "learning_rates"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be one or more different values, got {values}")
+        for name in ("budgets", "learning_rates"):
+            for value in getattr(self, name):
+                if not 0 < value < math.inf:
+                    raise ValueError(f"{name} must be positive and finite, got {value}")
+        for method in (*self.methods, *self.arguments):
+            if method not in METHODS:
+                raise ValueError(f"methods must be of {', '.join(METHODS)}; got {method!r}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        if not self.table_rate > 0:
+            raise ValueError(f"table_rate must be positive, got {self.table_rate}")
+
+    def sizes_at(self, budget: float) -> tuple[Size, ...]:
+        """The sizes of a budget, by rising width."""
+        if self.sizes is not None:
+            return self.sizes
+        low, high = TOKENS_PER_PARAMETER
+        ratios = {size: self._tokens_per_parameter(size, budget) for size in LADDER}
+        fit = tuple(size for size, ratio in ratios.items() if low <= ratio <= high)
+        if len(fit) >= 3:
+            return fit
+        near = sorted(LADDER, key=lambda size: abs(math.log(ratios[size] / math.sqrt(low * high))))[:3]
+        return tuple(size for size in LADDER if size in near)
+
+    def _tokens_per_parameter(self, size: Size, budget: float) -> float:
+        config = model_config(self._settings("dense", size), self.base.vocab_size)
+        tokens = budget / training_flops_per_token(config, self.base.context).total
+        return tokens / count_parameters(config).active
+
+    def _settings(self, method: str, size: Size) -> TrainSettings:
+        kind, layers = METHODS[method].kind, size.num_hidden_layers
+        given: dict[str, Any] = dict(METHODS[method].arguments)
+        if method == "peer_shared":
+            given = {"shared_width": 4 * size.hidden_size} | given | dict(self.arguments.get("peer", {}))
+        given |= self.arguments.get(method, {})
+        return dataclasses.replace(
+            self.base,
+            hidden_size=size.hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=size.num_attention_heads,
+            mlp_layer_types=[kind if i == layers // 2 else "dense" for i in range(layers)],
+            **{"dense": dict(self.arguments.get("dense", {}))} | {kind: given},
+        )
+
+    def run(self, method: str, budget: float, size: Size, learning_rate: float, seed: int, phase: str) -> Run:
+        """One run; its name says all but the phase, so phases share what they have in common.
+
+        Raises:
+            ValueError: the budget pays for too few steps.
+        """
+        settings = self._settings(method, size)
+        config = model_config(settings, settings.vocab_size)
+        settings = dataclasses.replace(
+            settings,
+            steps=training_steps(budget, config, settings),
+            learning_rate=learning_rate,
+            table_learning_rate=self.table_rate * learning_rate,
+            seed=seed,
+        )
+        return Run(
+            STUDY,
+            f"{method}-{format_budget(budget)}-{size}-lr{learning_rate:g}-seed{seed}",
+            settings,
+            {
+                "method": method,
+                "budget": budget,
+                "size": str(size),
+                "learning_rate": learning_rate,
+                "seed": seed,
+                "phase": phase,
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A phase's runs, and how many will follow that depend on what they come to."""
+
+    phase: str
+    runs: list[Run]
+    later: int
+    later_flops: float
+
+
+def plan(options: Options, ledger: Ledger) -> list[Plan]:
+    """The phases as far as the ledger says what is in them; the last one may be unfinished.
+
+    Raises:
+        ValueError: every run that a choice is made among has diverged; the ledger has a run's name with
+            other settings.
+    """
+    done = {row["name"]: row for row in ledger.rows()}
+    budgets, methods = sorted(options.budgets), options.methods
+    smallest, seeds = budgets[0], range(1, options.seeds)
+    middle = options.sizes_at(smallest)[len(options.sizes_at(smallest)) // 2]
+
+    sweep = {
+        method: [options.run(method, smallest, middle, rate, 0, SWEEP) for rate in options.learning_rates]
+        for method in methods
+    }
+    sizes_later = {b: len(methods) * (len(options.sizes_at(b)) - (b == smallest)) for b in budgets}
+    seeds_later = {
+        b: len(methods) * len(seeds) * (len(options.sizes_at(b)) if options.all_sizes else 1) for b in budgets
+    }
+
+    def later(*counts: dict[float, int]) -> tuple[int, float]:
+        numbers = {b: sum(count[b] for count in counts) for b in budgets}
+        return sum(numbers.values()), sum(b * number for b, number in numbers.items())
+
+    plans = [Plan(SWEEP, _together(sweep.values()), *later(sizes_later, seeds_later))]
+    if ledger.missing(plans[-1].runs):
+        return plans
+
+    rates = {method: _best(runs, done).labels["learning_rate"] for method, runs in sweep.items()}
+    by_size = {
+        (method, budget): [
+            options.run(method, budget, size, rates[method], 0, SIZES) for size in options.sizes_at(budget)
+        ]
+        for budget in budgets
+        for method in methods
+    }
+    plans.append(Plan(SIZES, _together(by_size.values()), *later(seeds_later)))
+    if ledger.missing(plans[-1].runs):
+        return plans
+
+    chosen = {key: runs if options.all_sizes else [_best(runs, done)] for key, runs in by_size.items()}
+    by_seed = [
+        options.run(method, budget, Size.parse(run.labels["size"]), rates[method], seed, SEEDS)
+        for (method, budget), runs in chosen.items()
+        for seed in seeds
+        for run in runs
+    ]
+    return [*plans, Plan(SEEDS, by_seed, 0, 0.0)]
+
+
+def _together(groups: Iterable[Sequence[Run]]) -> list[Run]:
+    return [run for group in groups for run in group]
+
+
+def validation_loss(row: Row) -> float:
+    """In nats per token; infinite where training diverged."""
+    return row["validation"]["loss"] if "validation" in row else math.inf
+
+
+def _best(runs: Sequence[Run], done: Mapping[str, Row]) -> Run:
+    best = min(runs, key=lambda run: validation_loss(done[run.name]))
+    if validation_loss(done[best.name]) == math.inf:
+        raise ValueError(
+            f"all of {', '.join(run.name for run in runs)} have diverged, so there is no best: "
+            "give lower --learning-rates and another --output"
+        )
+    return best
+
+
+def run_study(options: Options, ledger: Ledger, console: Console, command: str = "") -> None:
+    """Carries out all phases; runs that the ledger has are not repeated. Raises what `execute` raises."""
+    finished: set[str] = set()
+    while (current := plan(options, ledger)[-1]).phase not in finished:
+        console.print(f"{current.phase}: {len(current.runs)} runs", style="bold", highlight=False)
+        execute(current.runs, ledger, console, command=command, later_flops=current.later_flops)
+        finished.add(current.phase)
+
+
+def print_plan(options: Options, ledger: Ledger, console: Console) -> None:
+    """Prints the runs that are known so far and not done, and what all will take."""
+    plans = plan(options, ledger)
+    pending = {run.name: run for phase in plans for run in ledger.missing(phase.runs)}
+    pace = Pace(ledger.rows(), describe())
+    table = Table(title=f"{STUDY}: runs known so far and not in {ledger.path}", title_justify="left")
+    for column in ("run", "model", "steps", "tokens", "FLOPs", "expected"):
+        table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
+    for run in pending.values():
+        table.add_row(
+            run.name,
+            count_parameters(run.config).label,
+            f"{run.settings.steps:,}",
+            f"{run.settings.steps * run.settings.tokens_per_step():,}",
+            f"{run.flops:.3g}",
+            format_duration(pace.seconds(run)),
+        )
+    console.print(table)
+    later, later_flops = plans[-1].later, plans[-1].later_flops
+    seconds = sum(map(pace.seconds, pending.values())) + later_flops * pace.seconds_per_flop()
+    flops = sum(run.flops for run in pending.values()) + later_flops
+    console.print(
+        f"{len(pending)} runs, and {later} later ones that depend on them; {flops:.3g} FLOPs, "
+        f"about {seconds / 3600:.2f} hours ({pace.source})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def format_budget(budget: float) -> str:
+    """As people write it: 2e13."""
+    mantissa, _, exponent = f"{budget:e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"

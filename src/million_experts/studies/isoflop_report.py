@@ -1,0 +1,291 @@
+"""The report of the isoFLOP study: which sizes were best, by how much methods differ, and its figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from million_experts.lm.files import explained
+from million_experts.studies.isoflop import METHODS, format_budget, validation_loss
+from million_experts.studies.runs import Row
+from million_experts.studies.statistics import Interval, fit_parabola, interval, paired_difference
+from million_experts.studies.tables import format_interval, markdown_table, run_names
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FIGURE = "isoflop.png"
+# Colour and marker, so that curves can be told apart without colour too.
+STYLES = {
+    "dense": ("#777777", "x"),
+    "swiglu": ("#222222", "+"),
+    "moe": ("#b03a48", "^"),
+    "expert_choice": ("#e08a4c", "v"),
+    "pkm": ("#3a9a5b", "D"),
+    "memory_plus": ("#8e6bb0", "P"),
+    "peer": ("#2a6fb0", "o"),
+    "peer_shared": ("#5fb3d4", "s"),
+}
+OURS = ("peer", "peer_shared")
+
+
+def sections(rows: Sequence[Row], folder: Path) -> list[str]:
+    """The parts of the report; its figure goes to `folder`."""
+    study = _Study(rows)
+    parts = [_methods(study), "## Learning rates", _sweep(study)]
+    if study.budgets:
+        _figure(study, folder / FIGURE)
+        parts += [
+            "## Loss against size",
+            f"![Validation loss against FLOPs per token]({FIGURE})",
+            "Size is training FLOPs per token, all that a model computes; first seed, validation text. A curve "
+            "is the least-squares parabola over the logarithm of size where the losses curve upwards, its star "
+            "the minimum.",
+            _sizes(study),
+            "## The best model of each method",
+            "Its size was chosen by validation loss with the first seed. Means over seeds with half of the "
+            "95 % interval (Student's t); perplexity is that of the mean.",
+            *(_best_models(study, budget) for budget in study.budgets),
+            "## Differences",
+            "Test loss of PEER minus that of another method, paired by seed and order of data: mean and "
+            "95 % interval over n seeds. *Lower* and *higher* exclude 0, a *tie* does not, and one seed says "
+            "nothing.",
+            *(
+                _differences(study, method, budget)
+                for method in OURS
+                if method in study.methods
+                for budget in study.budgets
+            ),
+        ]
+    return parts
+
+
+class _Study:
+    """The rows by what they are for."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.rows = rows
+        names = {row["labels"]["method"] for row in rows}
+        self.methods = [method for method in METHODS if method in names]
+        self.sweep = [row for row in rows if row["labels"]["phase"] == "learning rates"]
+        self.rates = {
+            method: best["labels"]["learning_rate"]
+            for method in self.methods
+            if (best := _best(_of(self.sweep, method=method))) is not None
+        }
+        self.main = [
+            row for row in rows if self.rates.get(row["labels"]["method"]) == row["labels"]["learning_rate"]
+        ]
+        self.budgets = sorted({row["labels"]["budget"] for row in self.main})
+        self.tests = list(dict.fromkeys(name for row in self.main for name in row.get("tests", {})))
+
+    def first_seed(self, method: str, budget: float) -> list[Row]:
+        """The runs of all sizes with the first seed, by rising size."""
+        rows = _of(self.main, method=method, budget=budget, seed=0)
+        return sorted(rows, key=lambda row: row["flops"]["per_token"])
+
+    def best(self, method: str, budget: float) -> list[Row]:
+        """The runs of the best size, of all seeds that did not diverge."""
+        best = _best(self.first_seed(method, budget))
+        if best is None:
+            return []
+        rows = _of(self.main, method=method, budget=budget, size=best["labels"]["size"])
+        return sorted((row for row in rows if "tests" in row), key=lambda row: row["seed"])
+
+
+def _of(rows: Iterable[Row], **labels: Any) -> list[Row]:
+    return [row for row in rows if all(row["labels"][name] == value for name, value in labels.items())]
+
+
+def _best(rows: Sequence[Row]) -> Row | None:
+    """The row of the lowest validation loss; None where there is none or all diverged."""
+    best = min(rows, key=validation_loss, default=None)
+    return None if best is None or math.isinf(validation_loss(best)) else best
+
+
+def _methods(study: _Study) -> str:
+    lines = []
+    for method in study.methods:
+        row = _of(study.rows, method=method)[0]
+        kind = METHODS[method].kind
+        arguments = ", ".join(f"{name}={value}" for name, value in row["settings"][kind].items())
+        lines.append((method, METHODS[method].about, arguments))
+    text = "Only the middle block differs between methods:"
+    return text + "\n\n" + markdown_table(("method", "middle block", "arguments"), lines, left=3)
+
+
+def _sweep(study: _Study) -> str:
+    rates = sorted({row["labels"]["learning_rate"] for row in study.sweep})
+    lines, edges = [], []
+    for method in study.methods:
+        cells = []
+        for rate in rates:
+            found = _of(study.sweep, method=method, learning_rate=rate)
+            cells.append(_loss(found[0], study.rates.get(method) == rate) if found else "—")
+        lines.append((method, *cells, run_names(_of(study.sweep, method=method))))
+        if len(rates) > 1 and study.rates.get(method) in (rates[0], rates[-1]):
+            edges.append(method)
+    head = study.sweep[0]["labels"] if study.sweep else None
+    parts = []
+    if head is not None:
+        parts.append(
+            f"Validation loss at {format_budget(head['budget'])} FLOPs, size {head['size']}, first seed; the "
+            "best, in bold, is used from there on. Tables learn at "
+            f"{study.sweep[0]['settings']['table_learning_rate'] / head['learning_rate']:g} times the rate."
+        )
+    header = ("method", *(f"{rate:g}" for rate in rates), "runs")
+    parts.append(markdown_table(header, lines))
+    if edges:
+        parts.append(f"At the edge of the sweep, where a rate beyond might do better: {', '.join(edges)}.")
+    return "\n\n".join(parts)
+
+
+def _loss(row: Row, bold: bool = False) -> str:
+    loss = validation_loss(row)
+    text = row["status"] if math.isinf(loss) else f"{loss:.4f}"
+    return f"**{text}**" if bold else text
+
+
+def _sizes(study: _Study) -> str:
+    """Each method's sizes with the first seed, and the minimum of the parabola."""
+    lines = []
+    for budget in study.budgets:
+        for method in study.methods:
+            rows = study.first_seed(method, budget)
+            best = _best(rows)
+            curve = _parabola(rows)
+            minimum = "—"
+            if curve is not None:
+                minimum = f"{curve.bottom:.4f} at {curve.best:.3g} FLOPs a token"
+                minimum += "" if curve.inside else ", beyond the sizes"
+            cells = "; ".join(f"{row['labels']['size']}: {_loss(row, row is best)}" for row in rows)
+            lines.append((format_budget(budget), method, cells or "—", minimum, run_names(rows)))
+    header = ("budget", "method", "size: validation loss", "minimum of the parabola", "runs")
+    return markdown_table(header, lines, left=5)
+
+
+def _parabola(rows: Sequence[Row]) -> Any:
+    trained = [row for row in rows if not math.isinf(validation_loss(row))]
+    return fit_parabola([row["flops"]["per_token"] for row in trained], list(map(validation_loss, trained)))
+
+
+def _best_models(study: _Study, budget: float) -> str:
+    parts = [f"### {format_budget(budget)} FLOPs"]
+    lines = []
+    for method in study.methods:
+        for row in study.best(method, budget)[:1]:
+            lines.append(
+                (
+                    method,
+                    row["labels"]["size"],
+                    row["parameters"]["label"],
+                    f"{row['flops']['per_token'] / 1e6:.2f}M",
+                    f"{row['tokens'] / 1e6:.2f}M",
+                    f"{row['labels']['learning_rate']:g}",
+                    _usage(row),
+                )
+            )
+    header = (
+        "method",
+        "size",
+        "parameters, active",
+        "FLOPs a token",
+        "tokens",
+        "learning rate",
+        "experts used",
+    )
+    parts.append(markdown_table(header, lines))
+    for test in study.tests:
+        lines = []
+        for method in study.methods:
+            rows = study.best(method, budget)
+            if rows:
+                loss = interval([row["tests"][test]["loss"] for row in rows])
+                bits = interval([row["tests"][test]["bits_per_byte"] for row in rows])
+                lines.append(
+                    (
+                        method,
+                        format_interval(loss, 4),
+                        f"{math.exp(loss.mean):.2f}",
+                        format_interval(bits, 4),
+                        str(loss.n),
+                        run_names(rows),
+                    )
+                )
+        header = ("method", "nats per token", "perplexity", "bits per byte", "n", "runs")
+        parts.append(f"Test text {test}:\n\n{markdown_table(header, lines)}")
+    return "\n\n".join(parts)
+
+
+def _usage(row: Row) -> str:
+    return ", ".join(f"{figures['usage']:.1%}" for figures in row["expert_usage"].values()) or "—"
+
+
+def _differences(study: _Study, ours: str, budget: float) -> str:
+    mine = study.best(ours, budget)
+    lines = []
+    for method in study.methods:
+        theirs = study.best(method, budget)
+        if method != ours and mine and theirs:
+            cells = []
+            for test in study.tests:
+                found = paired_difference(_by_seed(mine, test), _by_seed(theirs, test))
+                cells.append("—" if found is None else _difference(found))
+            lines.append((f"{ours} − {method}", *cells, run_names(theirs)))
+    header = ("", *(f"{test}, nats" for test in study.tests), "runs of the other")
+    return f"### {ours}, {format_budget(budget)} FLOPs\n\nIts runs: {run_names(mine)}\n\n" + markdown_table(
+        header, lines
+    )
+
+
+def _by_seed(rows: Iterable[Row], test: str) -> dict[int, float]:
+    return {row["seed"]: row["tests"][test]["loss"] for row in rows}
+
+
+def _difference(value: Interval) -> str:
+    if value.n < 2:
+        return f"{value.mean:+.4f}, n=1"
+    return f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}], n={value.n}, {value.verdict}"
+
+
+def _figure(study: _Study, path: Path) -> None:
+    figure, panels = plt.subplots(
+        1,
+        len(study.budgets),
+        figsize=(1.6 + 4.6 * len(study.budgets), 4.4),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, budget in zip(panels[0], study.budgets, strict=True):
+        for method in study.methods:
+            rows = [row for row in study.first_seed(method, budget) if "validation" in row]
+            if not rows:
+                continue
+            color, marker = STYLES[method]
+            width = 2.0 if method in OURS else 1.2
+            sizes = [row["flops"]["per_token"] for row in rows]
+            axes.plot(
+                sizes, list(map(validation_loss, rows)), marker, color=color, ms=6, mfc="none", label=method
+            )
+            curve = _parabola(rows)
+            if curve is None:
+                axes.plot(sizes, list(map(validation_loss, rows)), ":", color=color, lw=width)
+                continue
+            ends = sizes + [curve.best] * curve.inside
+            x = np.geomspace(min(ends), max(ends), 100)
+            axes.plot(x, [curve(size) for size in x], color=color, lw=width)
+            if curve.inside:
+                axes.plot([curve.best], [curve.bottom], "*", color=color, ms=10)
+        axes.set(xscale="log", xlabel="training FLOPs per token", title=f"{format_budget(budget)} FLOPs")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("validation loss, nats per token")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    with explained(path.name, path.parent):
+        figure.savefig(path, dpi=140)
+    plt.close(figure)

@@ -1,0 +1,68 @@
+"""`study report`: a page and figures from the ledger of each study in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from million_experts.lm.files import write_whole
+from million_experts.studies import isoflop_report, tables
+from million_experts.studies.runs import Ledger, Row
+
+# A study's name -> its title, and what writes its figures into a folder and gives the parts of its page.
+Sections = Callable[[Sequence[Row], Path], list[str]]
+STUDIES: dict[str, tuple[str, Sections]] = {
+    "isoflop": ("Equal training FLOPs", isoflop_report.sections),
+}
+
+
+def ledger_path(folder: Path, study: str) -> Path:
+    """Where a study's ledger is in a folder; its report lies beside it."""
+    return folder / f"{study}.jsonl"
+
+
+def write_report(ledger: Ledger) -> Path:
+    """Writes the report of a ledger beside it, whole; returns its path.
+
+    Raises:
+        ValueError: no rows, or rows that are not of one known study.
+    """
+    rows = ledger.rows()
+    studies = {row["study"] for row in rows}
+    if len(studies) != 1 or not studies <= STUDIES.keys():
+        raise ValueError(
+            f"{ledger.path} must hold runs of one of {', '.join(STUDIES)}; its runs are of "
+            f"{', '.join(sorted(studies)) or 'none'}"
+        )
+    title, sections = STUDIES[studies.pop()]
+    ledger.path.parent.mkdir(parents=True, exist_ok=True)
+    parts = [
+        f"# {title}",
+        f"{len(rows)} runs, a row each in [{ledger.path.name}]({ledger.path.name}) under the name that "
+        "stands with every number. Losses are of whole documents, in nats per token; choices were made by the "
+        "validation text alone.",
+        tables.provenance(rows),
+        *sections(rows, ledger.path.parent),
+        "## Texts",
+        tables.texts_table(rows),
+        "## Runs",
+        tables.runs_table(rows),
+        "## Commands",
+        tables.commands(rows),
+    ]
+    path = ledger.path.with_suffix(".md")
+    write_whole(path, "\n\n".join(part for part in parts if part) + "\n")
+    return path
+
+
+def write_reports(folder: Path) -> list[Path]:
+    """Writes the report of every study that has a ledger in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = [path for study in STUDIES if (path := ledger_path(folder, study)).exists()]
+    if not found:
+        names = ", ".join(f"{study}.jsonl" for study in STUDIES)
+        raise FileNotFoundError(f"no ledger of a study in {folder}: it would be one of {names}")
+    return [write_report(Ledger(path)) for path in found]

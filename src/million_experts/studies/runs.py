@@ -1,0 +1,365 @@
+"""The runs of a study: what each trains, the ledger of those that are done, and how they are carried out."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import TrainerCallback
+
+from million_experts.benchmarks.machine import describe
+from million_experts.benchmarks.memory import can_measure, release_kept, reset_peak, resident_bytes
+from million_experts.layers import ExpertUsage
+from million_experts.lm.callbacks import retrieval_layers
+from million_experts.lm.files import explained
+from million_experts.lm.memory import takes_bfloat16
+from million_experts.lm.scoring import Score, score_documents
+from million_experts.lm.settings import FREE_ON_RESUME, TrainSettings
+from million_experts.lm.training import build_model, check_memory, fit, model_config
+from million_experts.models import PeerConfig, PeerForCausalLM, count_parameters
+from million_experts.models.feed_forwards import FEED_FORWARDS
+from million_experts.studies.flops import training_flops_per_token
+from million_experts.studies.progress import Pace, StudyProgress
+from million_experts.studies.texts import Texts, load_texts, texts_key
+
+Row = dict[str, Any]
+LEAST_STEPS = 10  # of a run: with fewer, warm-up and decay of the learning rate are nothing but rounding
+FINISHED, DIVERGED = "finished", "diverged"
+# What a run learns does not depend on these.
+_FREE = FREE_ON_RESUME | {"prompt"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a study.
+
+    Attributes:
+        study: the study it belongs to.
+        name: unique within the study.
+        settings: what is trained. The texts are split by `texts.SPLIT_SEED`, whatever `seed` they have.
+        labels: by which tables and figures group rows.
+    """
+
+    study: str
+    name: str
+    settings: TrainSettings
+    labels: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def config(self) -> PeerConfig:
+        """The model's; it has `vocab_size` tokens even if the text is too small to give that many."""
+        return model_config(self.settings, self.settings.vocab_size)
+
+    @cached_property
+    def flops(self) -> float:
+        """Training FLOPs of all steps."""
+        per_token = training_flops_per_token(self.config, self.settings.context).total
+        return per_token * self.settings.tokens_per_step() * self.settings.steps
+
+
+# Further figures of a trained model, for the row of its run.
+Measure = Callable[[Run, PeerForCausalLM, Texts], Mapping[str, Any]]
+
+
+def training_steps(budget: float, config: PeerConfig, settings: TrainSettings) -> int:
+    """Steps that `budget` training FLOPs pay for, rounded down.
+
+    Raises:
+        ValueError: fewer than `LEAST_STEPS`; the budget that would do is named.
+    """
+    step = training_flops_per_token(config, settings.context).total * settings.tokens_per_step()
+    if budget < LEAST_STEPS * step:
+        raise ValueError(
+            f"budget must pay for {LEAST_STEPS} steps at least, got {budget:g} FLOPs, which are "
+            f"{budget / step:.1f} steps of hidden_size={config.hidden_size} with "
+            f"{config.num_hidden_layers} blocks: {LEAST_STEPS * step:.2g} FLOPs would do, or a smaller "
+            "model, or fewer tokens a step (--batch-size)"
+        )
+    return int(budget / step)
+
+
+class Ledger:
+    """The finished runs of a study: a JSON row each, one a line, in the order in which they ended.
+
+    A line is written to the disk before the next run begins. What a dying process has left of a last line is
+    ignored and overwritten.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def rows(self) -> list[Row]:
+        """All rows.
+
+        Raises:
+            ValueError: a line other than a torn last one is damaged.
+        """
+        return [row for row, _ in self._lines() if row is not None]
+
+    def missing(self, runs: Sequence[Run]) -> list[Run]:
+        """The runs that are not done; a run is if a row has its name and its settings.
+
+        Raises:
+            ValueError: the row of a run's name has other settings; the differences are named.
+        """
+        rows = {row["name"]: row for row in self.rows()}
+        for run in (run for run in runs if run.name in rows):
+            if different := differences(run, rows[run.name]):
+                raise ValueError(
+                    f"the run {run.name} in {self.path} was made with other settings: "
+                    f"{'; '.join(different)}. Give the options it was made with, or another --output for a "
+                    "new study"
+                )
+        return [run for run in runs if run.name not in rows]
+
+    def has(self, run: Run) -> bool:
+        """Whether a run is done; raises as `missing` does."""
+        return not self.missing([run])
+
+    def append(self, row: Row) -> None:
+        """Adds a row and sees it onto the disk.
+
+        Raises:
+            WriteError: it could not be written.
+        """
+        text = json.dumps(row, allow_nan=False) + "\n"
+        lines = self._lines()
+        whole = sum(size for row, size in lines if row is not None)
+        with explained(self.path.name, self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                file.truncate(whole)
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _lines(self) -> list[tuple[Row | None, int]]:
+        """Each line's row and bytes; None for what is left of a last line."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        found: list[tuple[Row | None, int]] = []
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                found.append((None, len(line)))
+                continue
+            try:
+                row = json.loads(line)
+                found.append(({key: row[key] for key in ("name", "status", "settings")} | row, len(line)))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"line {number} of {self.path} is no row of a study: {error!r}") from error
+        return found
+
+
+def stored_settings(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that decide what a run learns, as JSON holds them; defaults of layers are written out.
+
+    A row keeps its meaning, and is not taken for that of a run with other defaults, when those change.
+    """
+    config = model_config(settings, settings.vocab_size)
+    values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _FREE}
+    values["mlp_layer_types"] = config.mlp_layer_types
+    values["num_key_value_heads"] = config.num_key_value_heads
+    values["table_learning_rate"] = settings.peak_table_learning_rate
+    for kind in FEED_FORWARDS:
+        arguments = getattr(config, kind) if kind in (config.mlp_layer_types or []) else {}
+        values[kind] = {name: value for name, value in arguments.items() if name != "backend"}
+    return json.loads(json.dumps(values))
+
+
+def differences(run: Run, row: Row) -> list[str]:
+    """Lines "name: the run's, not the row's" for settings in which they differ."""
+    # Through TrainSettings, so that what has been added since then has its default in old rows.
+    before = _flat(stored_settings(TrainSettings.from_dict(row["settings"], f"the run {row['name']}")))
+    now = _flat(stored_settings(run.settings))
+    return [
+        f"{name}: {now.get(name)!r}, not {before.get(name)!r}"
+        for name in now | before
+        if now.get(name) != before.get(name)
+    ]
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def execute(
+    runs: Sequence[Run],
+    ledger: Ledger,
+    console: Console,
+    measure: Measure | None = None,
+    command: str = "",
+    later_flops: float = 0.0,
+) -> None:
+    """Trains and measures the runs that the ledger does not have, one after the other in this process.
+
+    A run whose loss is no longer finite gets a row with the status "diverged", and the study goes on.
+
+    Args:
+        measure: gives further figures of a trained model, kept under "measured" in its row.
+        command: what the user typed, kept in the rows.
+        later_flops: of runs that will follow in other calls, for the time left.
+
+    Raises:
+        ValueError: two runs of one name; a row of the ledger with a run's name and other settings; text that
+            does not suit or is not that of earlier rows.
+        MemoryError: a run is expected not to fit; nothing has been trained then.
+        WriteError: a row could not be written.
+        KeyboardInterrupt: with what to do to go on; the run under way is lost, the finished ones are not.
+    """
+    if len({run.name for run in runs}) < len(runs):
+        raise ValueError("the names of a study's runs must be unique")
+    pending = ledger.missing(runs)
+    for run in pending:
+        try:
+            check_memory(run.config, run.settings)
+        except MemoryError as error:
+            raise MemoryError(f"{run.name}: {error}") from error
+    if not pending:
+        return
+    machine = describe()
+    pace = Pace(ledger.rows(), machine)
+    texts, key = None, None
+    with StudyProgress(console, pending, pace, later_flops) as progress:
+        try:
+            for run in pending:
+                if texts is None or texts_key(run.settings) != key:
+                    progress.say("reading and tokenising the texts")
+                    texts, key = load_texts(run.settings), texts_key(run.settings)
+                    _recognise(run, texts, ledger)
+                progress.begin(run)
+                row = {
+                    "study": run.study,
+                    "name": run.name,
+                    **train_and_measure(run, texts, measure, [progress.callback]),
+                    "command": command,
+                    "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+                    **machine,
+                }
+                ledger.append(row)
+                progress.end(run, row)
+        except KeyboardInterrupt:
+            done = len(runs) - len(ledger.missing(runs))
+            raise KeyboardInterrupt(
+                f"Stopped with {done} of {len(runs)} runs in {ledger.path}; the same command goes on with "
+                "the others."
+            ) from None
+
+
+def train_and_measure(
+    run: Run,
+    texts: Texts,
+    measure: Measure | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Row:
+    """Trains a run's model; returns what it came to. The model is gone afterwards."""
+    settings, config = run.settings, run.config
+    count = count_parameters(config)
+    per_token = training_flops_per_token(config, settings.context)
+    tokens = settings.steps * settings.tokens_per_step()
+    row: Row = {
+        "status": FINISHED,
+        "labels": run.labels,
+        "settings": stored_settings(settings),
+        "seed": settings.seed,
+        "flops": {"total": run.flops, "per_token": per_token.total, "parts": per_token.parts},
+        "steps": settings.steps,
+        "tokens": tokens,
+        "epochs": tokens / len(texts.train),
+        "parameters": dataclasses.asdict(count) | {"label": count.label},
+        "precision": "bfloat16" if takes_bfloat16(settings.precision) else "float32",
+        "texts": texts.describe(),
+    }
+    _free_memory()
+    if can_measure():
+        reset_peak()
+    model = build_model(settings, texts.tokenizer, settings.vocab_size)
+    logged = dataclasses.replace(settings, logging_steps=max(1, settings.steps // 40))
+    try:
+        history, seconds = fit(logged, model, texts.tokenizer, texts.streams, callbacks)
+        row["seconds"] = round(seconds, 2)
+        if paces := [entry["seconds_per_step"] for entry in history if "seconds_per_step" in entry]:
+            row["seconds_per_step"] = statistics.median(paces)
+        row["peak_bytes"] = _peak_bytes()
+        row["training_loss"] = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
+        start = time.monotonic()
+        row |= _measure(model, settings, texts)
+        if measure is not None:
+            row["measured"] = dict(measure(run, model, texts))
+        row["measuring_seconds"] = round(time.monotonic() - start, 2)
+    except FloatingPointError as error:
+        row |= {"status": DIVERGED, "reason": str(error)}
+    del model
+    _free_memory()
+    return row
+
+
+def _measure(model: PeerForCausalLM, settings: TrainSettings, texts: Texts) -> Row:
+    """Losses on whole documents, and how the experts were used on the validation text."""
+    with ExitStack() as stack:
+        usages = {
+            name: stack.enter_context(ExpertUsage(layer)) for name, layer in retrieval_layers(model).items()
+        }
+        validation = score_documents(model, texts.validation, context=settings.context)
+    tests = {
+        name: score_documents(model, stream, context=settings.context) for name, stream in texts.tests.items()
+    }
+    return {
+        "validation": score_figures(validation),
+        "tests": {name: score_figures(score) for name, score in tests.items()},
+        "expert_usage": {
+            name: dataclasses.asdict(usage.figures()) | {"tokens": usage.tokens}
+            for name, usage in usages.items()
+        },
+    }
+
+
+def score_figures(score: Score) -> dict[str, float]:
+    """A score as rows hold it: nats per token, bits per byte, and over how much text."""
+    return {
+        "loss": score.loss,
+        "bits_per_byte": score.bits_per_byte,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+    }
+
+
+def _recognise(run: Run, texts: Texts, ledger: Ledger) -> None:
+    """Refuses text that is not what earlier rows were made with, though it is called the same."""
+    now = texts.describe()
+    for row in ledger.rows():
+        if texts_key(TrainSettings.from_dict(row["settings"], row["name"])) != texts_key(run.settings):
+            continue
+        changed = [name for name, text in row.get("texts", {}).items() if text != now.get(name)]
+        if changed:
+            raise ValueError(
+                f"data is not what {row['name']} in {ledger.path} was made with ({', '.join(changed)} "
+                "differs), so their losses cannot be compared: bring the old text back, or give another --output"
+            )
+
+
+def _free_memory() -> None:
+    """Gives back what a run has left: trainer and model refer to each other, kernels keep their buffers."""
+    gc.collect()
+    release_kept()
+
+
+def _peak_bytes() -> int | None:
+    """The process's most since `reset_peak`, on a GPU its tensors'; None where no system says so."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resident_bytes("VmHWM") if can_measure() else None

@@ -1,0 +1,87 @@
+"""Markdown of the reports: tables, intervals, and where the numbers come from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from million_experts.benchmarks.machine import one_line
+from million_experts.studies.progress import format_duration
+from million_experts.studies.runs import Row
+from million_experts.studies.statistics import Interval
+
+LEFT, RIGHT = "---", "---:"
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table; the first `left` columns are words and stand left, the others right."""
+    rule = [LEFT if i < left else RIGHT for i in range(len(header))]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+        for line in (list(header), rule, *lines)
+    )
+
+
+def format_interval(value: Interval, digits: int = 3, signed: bool = False) -> str:
+    """A mean and half of its interval's width, "3.120 ± 0.004"; the mean alone where there is one value."""
+    mean = f"{value.mean:{'+' if signed else ''}.{digits}f}"
+    return mean if value.n < 2 else f"{mean} ± {value.half_width:.{digits}f}"
+
+
+def run_names(rows: Iterable[Row]) -> str:
+    """The names of runs, as code; those that differ in their last number are joined: `...-seed0,1,2`."""
+    joined: dict[str, list[str]] = {}
+    for row in rows:
+        match = re.fullmatch(r"(.*?)(\d*)", row["name"])
+        assert match is not None
+        joined.setdefault(match[1], []).append(match[2])
+    return ", ".join(f"`{stem}{','.join(sorted(ends))}`" for stem, ends in joined.items())
+
+
+def provenance(rows: Sequence[Row]) -> str:
+    """Where the runs were made: commit, machine and versions; more than one line when not all were alike."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        commit = (row.get("commit") or "no commit")[:12] + (" with changes" if row.get("dirty") else "")
+        line = f"{commit}, {row['precision']}, {one_line(row)}"
+        counts[line] = counts.get(line, 0) + 1
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "\n".join(f"- {number} runs: {line}" for line, number in counts.items())
+
+
+def texts_table(rows: Sequence[Row]) -> str:
+    """The texts that runs read, which are the same for all."""
+    texts = next((row["texts"] for row in rows), {})
+    return markdown_table(
+        ("text", "tokens", "bytes"),
+        [(name, f"{text['tokens']:,}", f"{text['bytes']:,}") for name, text in texts.items()],
+    )
+
+
+def runs_table(rows: Sequence[Row]) -> str:
+    """Every run by its name, under which its row stands in the ledger."""
+    lines = []
+    for row in rows:
+        validation = row.get("validation", {}).get("loss")
+        lines.append(
+            (
+                f"`{row['name']}`",
+                row["parameters"]["label"],
+                f"{row['steps']:,}",
+                f"{row['tokens'] / 1e6:.2f}M",
+                f"{row['epochs']:.2f}",
+                f"{row['flops']['total']:.3g}",
+                format_duration(row["seconds"]) if "seconds" in row else "—",
+                f"{row['peak_bytes'] / 1e9:.1f} GB" if row.get("peak_bytes") else "—",
+                row["status"] if validation is None else f"{validation:.4f}",
+            )
+        )
+    header = ("run", "model", "steps", "tokens", "epochs", "FLOPs", "time", "peak memory", "validation, nats")
+    return markdown_table(header, lines)
+
+
+def commands(rows: Iterable[Row]) -> str:
+    """The commands that made the rows, each once, as a block."""
+    lines = dict.fromkeys(row["command"] for row in rows if row.get("command"))
+    return "```console\n" + "\n".join(lines) + "\n```"

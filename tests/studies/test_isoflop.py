@@ -1,0 +1,406 @@
+"""The isoFLOP study: its plan by phases, its numbers against rows made up for it, and its command."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+
+import matplotlib.image
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from million_experts import cli
+from million_experts.layers import DenseFeedForward, TokenChoiceMoE
+from million_experts.models import PeerForCausalLM, count_parameters
+from million_experts.studies.command import isoflop
+from million_experts.studies.flops import training_flops_per_token
+from million_experts.studies.isoflop import METHODS, Options, Size, format_budget, plan
+from million_experts.studies.report import write_report
+from million_experts.studies.runs import Ledger, stored_settings
+
+TINY_PEER = {"num_experts": 64, "num_heads": 2, "experts_per_head": 4, "key_dim": 8}
+TINY_LAYERS = {
+    "peer": TINY_PEER,
+    "peer_shared": {"shared_width": 24},
+    "pkm": TINY_PEER,
+    "memory_plus": TINY_PEER,
+    "moe": {"num_experts": 4},
+    "expert_choice": {"num_experts": 4},
+    "dense": {"width": 40},
+}
+
+
+def make_options(tiny_settings, **changes):
+    given = {
+        "budgets": (3e8, 1e9),
+        "methods": ("dense", "peer"),
+        "seeds": 2,
+        "sizes": (Size(16, 2), Size(24, 2), Size(32, 2)),
+        "learning_rates": (1e-3, 2e-3),
+        "arguments": TINY_LAYERS,
+        "base": tiny_settings(peer={}, dense={}),
+    }
+    return Options(**{**given, **changes})
+
+
+def make_row(run, loss, tests=None):
+    """A row as `execute` writes it, with losses of our choice."""
+    per_token = training_flops_per_token(run.config, run.settings.context).total
+    score = {"bits_per_byte": 1.5, "tokens": 100, "bytes": 200}
+    count = count_parameters(run.config)
+    found = {} if math.isinf(loss) else {"validation": {"loss": loss, **score}, "seconds": 10.0}
+    if found:
+        losses = {"text": loss + 0.1, "python-topics": loss + 1} if tests is None else tests
+        found["tests"] = {name: {"loss": value, **score} for name, value in losses.items()}
+    return {
+        "study": run.study,
+        "name": run.name,
+        "status": "diverged" if math.isinf(loss) else "finished",
+        "labels": run.labels,
+        "settings": stored_settings(run.settings),
+        "seed": run.settings.seed,
+        "flops": {"total": run.flops, "per_token": per_token},
+        "steps": run.settings.steps,
+        "tokens": 128 * run.settings.steps,
+        "epochs": 0.5,
+        "parameters": {"label": count.label, "total": count.total, "active": count.active},
+        "texts": {"train": {"tokens": 1, "bytes": 2, "digest": "x"}},
+        "precision": "float32",
+        "expert_usage": {},
+        "command": "million-experts study isoflop --budget 3e8",
+        "commit": "0123456789abcdef",
+        "machine": {"cpu": "a processor", "cores": 2, "memory_bytes": 2**34, "instruction_set": "AVX2"},
+        "threads": 2,
+        "versions": {"torch": "2"},
+        "backend": "cpu",
+        **found,
+    }
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(tmp_path / "isoflop.jsonl")
+
+
+def fill(options, ledger, loss):
+    """Carries out the whole plan with losses of our choice; returns the phases."""
+    seen = []
+    while (phase := plan(options, ledger)[-1]).phase not in seen:
+        for run in ledger.missing(phase.runs):
+            ledger.append(make_row(run, loss(run.labels)))
+        seen.append(phase.phase)
+    return plan(options, ledger)
+
+
+# Sizes and methods.
+
+
+def test_sizes_are_read_and_get_heads_that_fit():
+    assert Size.parse(" 128x4") == Size(128, 4)
+    assert str(Size(128, 4)) == "128x4"
+    heads = {width: Size(width, 1).num_attention_heads for width in (16, 48, 64, 96, 128, 192, 256, 1024)}
+    assert heads == {16: 1, 48: 1, 64: 2, 96: 3, 128: 4, 192: 3, 256: 4, 1024: 16}
+    with pytest.raises(ValueError, match="sizes must be WIDTHxBLOCKS"):
+        Size.parse("128")
+
+
+def test_a_budgets_sizes_lie_on_both_sides_of_twenty_tokens_a_parameter(tiny_settings):
+    base = tiny_settings(peer={}, dense={}, vocab_size=4096, context=256, batch_size=16)
+    options = Options(budgets=(4e12, 2e13, 1e17), base=base)
+    for budget in options.budgets:
+        sizes = options.sizes_at(budget)
+        assert len(sizes) >= 3
+        ratios = []
+        for size in sizes:
+            config = options.run("dense", budget, size, 1e-3, 0, "sizes").config
+            per_token = training_flops_per_token(config, 256).total
+            ratios.append(budget / per_token / count_parameters(config).active)
+        assert ratios == sorted(ratios, reverse=True)
+        assert ratios[0] > 20 > ratios[-1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_differ_in_the_middle_block_alone(method, tiny_settings):
+    run = make_options(tiny_settings, methods=(method,)).run(method, 1e9, Size(16, 4), 1e-3, 0, "sizes")
+    kinds = run.config.mlp_layer_types
+    assert [kinds[i] for i in (0, 1, 3)] == ["dense"] * 3
+    assert run.config.dense["width"] == 40
+    model = PeerForCausalLM(run.config)
+    middle = model.model.layers[2].mlp
+    if method != "dense":
+        assert type(middle) is not DenseFeedForward
+    if method in ("peer", "peer_shared", "pkm", "memory_plus"):
+        assert middle.sparse_grad
+        assert middle.num_experts == 64
+    if method in ("moe", "expert_choice"):
+        assert middle.num_experts == 4
+
+
+def test_the_shared_branch_is_as_wide_as_a_dense_layer_unless_told(tiny_settings):
+    def width(method, arguments):
+        options = make_options(tiny_settings, arguments=arguments)
+        return options.run(method, 1e9, Size(16, 2), 1e-3, 0, "").config.peer["shared_width"]
+
+    assert width("peer_shared", {"peer": TINY_PEER}) == 64
+    assert width("peer_shared", TINY_LAYERS) == 24
+    assert width("peer", TINY_LAYERS) == 0
+
+
+def test_swiglu_is_a_dense_swiglu():
+    moe = TokenChoiceMoE(16, **METHODS["swiglu"].arguments)
+    dense = DenseFeedForward(16, activation="silu", glu=True)
+    assert moe.width == dense.width
+    with torch.no_grad():
+        dense.down.weight.copy_(moe.down[0])
+        dense.gate.weight.copy_(moe.gate[0])
+        dense.up.weight.copy_(moe.up[0])
+    x = torch.randn(5, 16)
+    y, loss = moe(x, return_router_loss=True)
+    torch.testing.assert_close(y, dense(x))
+    assert loss == 0
+
+
+def test_the_command_compares_all_methods_by_default():
+    assert inspect.signature(isoflop).parameters["methods"].default == ",".join(METHODS)
+
+
+# The plan.
+
+
+def test_steps_spend_the_budget(tiny_settings):
+    options = make_options(tiny_settings)
+    for method in options.methods:
+        for size in options.sizes:
+            run = options.run(method, 1e9, size, 1e-3, 0, "sizes")
+            step = run.flops / run.settings.steps
+            assert 1e9 - step < run.flops <= 1e9
+
+
+def test_phases_follow_from_what_earlier_ones_came_to(tiny_settings, ledger):
+    options = make_options(tiny_settings)
+    (sweep,) = plan(options, ledger)
+    assert sorted(run.name for run in sweep.runs) == sorted(
+        f"{method}-3e8-24x2-lr{rate}-seed0" for method in ("dense", "peer") for rate in ("0.001", "0.002")
+    )
+    # Of 12 runs of all sizes two are in the sweep; one further seed for each method and budget.
+    assert sweep.later == 10 + 4
+    assert sweep.later_flops == (4 + 2) * 3e8 + (6 + 2) * 1e9
+
+    best = {"dense": 1e-3, "peer": 2e-3}
+    sizes = {("dense", 3e8): "16x2", ("dense", 1e9): "24x2", ("peer", 3e8): "24x2", ("peer", 1e9): "32x2"}
+
+    def loss(labels):
+        worse = labels["learning_rate"] != best[labels["method"]]
+        return 3.0 + worse + (labels["size"] != sizes[labels["method"], labels["budget"]])
+
+    phases = fill(options, ledger, loss)
+    assert [phase.phase for phase in phases] == ["learning rates", "sizes", "seeds"]
+    assert len(phases[1].runs) == 12
+    assert {run.labels["learning_rate"] for run in phases[1].runs if run.labels["method"] == "peer"} == {2e-3}
+    assert sorted(run.name for run in phases[2].runs) == [
+        "dense-1e9-24x2-lr0.001-seed1",
+        "dense-3e8-16x2-lr0.001-seed1",
+        "peer-1e9-32x2-lr0.002-seed1",
+        "peer-3e8-24x2-lr0.002-seed1",
+    ]
+    assert len(ledger.rows()) == 4 + sweep.later
+    assert phases[1].later == 4
+    assert {run.settings.table_learning_rate for run in phases[2].runs if "peer" in run.name} == {8e-3}
+
+
+def test_all_sizes_may_get_all_seeds(tiny_settings, ledger):
+    options = make_options(tiny_settings, all_sizes=True, seeds=3)
+    later = plan(options, ledger)[0].later
+    phases = fill(options, ledger, lambda labels: 3.0 + labels["learning_rate"])
+    assert len(phases[2].runs) == 2 * 2 * 3 * 2
+    assert len(ledger.rows()) == 4 + later
+
+
+def test_other_settings_in_the_same_ledger_are_refused(tiny_settings, ledger):
+    fill(make_options(tiny_settings), ledger, lambda labels: 3.0)
+    with pytest.raises(ValueError, match="context: 16, not 32"):
+        plan(make_options(tiny_settings, base=tiny_settings(peer={}, dense={}, context=16)), ledger)
+
+
+def test_a_diverged_rate_is_not_chosen_and_all_diverged_is_an_error(tiny_settings, ledger, tmp_path):
+    options = make_options(tiny_settings, seeds=1)
+    fill(options, ledger, lambda labels: math.inf if labels["learning_rate"] == 2e-3 else 4.0)
+    assert {row["labels"]["learning_rate"] for row in ledger.rows() if row["labels"]["phase"] == "sizes"} == {
+        1e-3
+    }
+    with pytest.raises(ValueError, match=r"have diverged, so there is no best: give lower --learning-rates"):
+        fill(options, Ledger(tmp_path / "other.jsonl"), lambda labels: math.inf)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("dense", "tree")}, "methods must be of dense, .*; got 'tree'"),
+        ({"methods": ("dense", "dense")}, "methods must be one or more different values"),
+        ({"budgets": ()}, "budgets must be one or more different values"),
+        ({"budgets": (-1.0,)}, "budgets must be positive"),
+        ({"learning_rates": (0.0,)}, "learning_rates must be positive"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+        ({"table_rate": 0}, "table_rate must be positive"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(changes, message, tiny_settings):
+    with pytest.raises(ValueError, match=message):
+        make_options(tiny_settings, **changes)
+
+
+def test_budgets_are_written_as_people_do():
+    assert [format_budget(b) for b in (4e12, 2.5e13, 5e9, 123456789.0)] == [
+        "4e12",
+        "2.5e13",
+        "5e9",
+        "1.23457e8",
+    ]
+
+
+# The report.
+
+
+def table_after(page, text):
+    """The cells of the first table after a text."""
+    lines = page[page.index(text) :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| "))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return rows
+
+
+def test_the_report_says_what_the_rows_say(tiny_settings, ledger):
+    options = make_options(tiny_settings, seeds=3, learning_rates=(1e-3, 2e-3, 4e-3))
+    shifts = {"16x2": 0.3, "24x2": 0.0, "32x2": 0.2}
+    seeds = [0.0, 0.02, 0.01]
+
+    def loss(labels):
+        peer = labels["method"] == "peer"
+        rate = abs(labels["learning_rate"] - (2e-3 if peer else 4e-3)) * 100
+        return 3.0 - 0.5 * peer + rate + shifts[labels["size"]] + seeds[labels["seed"]] * (1 + peer)
+
+    fill(options, ledger, loss)
+    path = write_report(ledger)
+    assert path == ledger.path.with_suffix(".md")
+    page = path.read_text()
+
+    sweep = table_after(page, "## Learning rates")
+    assert sweep[0] == ["method", "0.001", "0.002", "0.004", "runs"]
+    assert sweep[2][:4] == ["dense", "3.3000", "3.2000", "**3.0000**"]
+    assert sweep[3][:4] == ["peer", "2.6000", "**2.5000**", "2.7000"]
+    assert "might do better: dense." in page
+
+    best = table_after(page, "Test text text:")
+    # Mean of 3.1, 3.12, 3.11; 4.303 standard errors of 0.01/sqrt(3).
+    assert best[2][:3] == ["dense", "3.1100 ± 0.0248", "22.42"]
+    assert best[2][5] == "`dense-3e8-24x2-lr0.004-seed0,1,2`"
+    assert best[3][1] == "2.6200 ± 0.0497"
+
+    differences = table_after(page, "### peer, 1e9 FLOPs")
+    assert differences[0][1:3] == ["text, nats", "python-topics, nats"]
+    # -0.5, -0.48, -0.49.
+    assert differences[2][:2] == ["peer − dense", "-0.4900 [-0.5148, -0.4652], n=3, lower"]
+    runs = table_after(page, "## Runs")
+    assert {line[0].strip("`") for line in runs[2:]} == {row["name"] for row in ledger.rows()}
+    assert page.count("million-experts study isoflop --budget 3e8\n") == 1
+    image = matplotlib.image.imread(ledger.path.parent / "isoflop.png")
+    assert image.shape[1] > image.shape[0] > 300
+    # Every run that a table names is in the ledger.
+    names = {row["name"] for row in ledger.rows()}
+    for stem, ends in re.findall(r"`((?:dense|peer)-[^`]*?)([\d,]+)`", page):
+        assert {stem + end for end in ends.split(",")} <= names
+
+
+def test_a_report_of_a_study_that_has_just_begun_is_whole(tiny_settings, ledger):
+    options = make_options(tiny_settings)
+    with pytest.raises(ValueError, match="its runs are of none"):
+        write_report(ledger)
+    runs = plan(options, ledger)[0].runs
+    ledger.append(make_row(runs[0], math.inf))
+    assert "| dense | diverged |" in write_report(ledger).read_text()
+    ledger.append(make_row(runs[1], 3.0))
+    assert "**3.0000**" in write_report(ledger).read_text()
+
+
+# The command.
+
+
+@pytest.fixture
+def command(text_file, tmp_path):
+    tiny = (
+        "study isoflop --budget 3e7 --budget 6e7 --methods dense,peer --seeds 2 --sizes 16x2,24x2 "
+        "--learning-rates 2e-3,8e-3 --vocab-size 300 --context 32 --batch-size 4 --precision float32 "
+        "--peer num_experts=64 --peer num_heads=2 --peer experts_per_head=4 --peer key-dim=8 "
+        "--max-documents 100"
+    )
+    where = [
+        "--data",
+        str(text_file),
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    return [*tiny.split(), *where]
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_the_study_runs_from_plan_to_report(command, tmp_path):
+    planned = invoke(*command, "--dry-run")
+    assert planned.exit_code == 0, planned.output
+    assert "4 runs, and 10 later ones" in planned.output
+    assert not (tmp_path / "out" / "isoflop.jsonl").exists()
+
+    done = invoke(*command)
+    assert done.exit_code == 0, done.output
+    out = tmp_path / "out"
+    rows = [json.loads(line) for line in (out / "isoflop.jsonl").read_text().splitlines()]
+    assert len(rows) == 14
+    assert {path.name for path in out.iterdir()} == {"isoflop.jsonl", "isoflop.md", "isoflop.png"}
+    assert "Report:" in done.output
+    for row in rows:
+        budget = row["labels"]["budget"]
+        assert 0.9 * budget < row["flops"]["total"] <= budget
+        # The options as they were typed, for the shell.
+        assert row["command"].split()[:5] == ["million-experts", *command[:2], "--budget", "3e+07"]
+        assert "--peer key-dim=8" in row["command"]
+    # Runs of one seed and size read the same text, whatever the method.
+    assert len({row["texts"]["train"]["digest"] for row in rows}) == 1
+
+    # All is done: nothing is trained, and the report comes out the same.
+    page = (out / "isoflop.md").read_text()
+    again = invoke(*command)
+    assert again.exit_code == 0
+    assert len((out / "isoflop.jsonl").read_text().splitlines()) == 14
+    (out / "isoflop.md").unlink()
+    reported = invoke("study", "report", out)
+    assert reported.exit_code == 0
+    assert (out / "isoflop.md").read_text() == page
+    assert "0 runs, and 0 later ones" in invoke(*command, "--dry-run").output
+
+
+def test_mistakes_are_named_in_a_line(command, tmp_path):
+    for arguments, message in (
+        ([*command, "--sizes", "16"], "sizes must be WIDTHxBLOCKS"),
+        ([*command, "--methods", "dense,tree"], "methods must be of"),
+        ([*command, "--peer", "num_experts"], "--peer must be name=value, got 'num_experts'"),
+        ([*command, "--learning-rates", "fast"], "learning_rates must be numbers"),
+        ([*command, "--budget", "1e3"], "budget must pay for 10 steps at least"),
+        (["study", "report", str(tmp_path / "nowhere")], "no ledger of a study in"),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 1, result.output
+        (line,) = result.stderr.splitlines()
+        assert message in line

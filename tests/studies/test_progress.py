@@ -1,0 +1,72 @@
+"""How long runs are expected to take."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from million_experts.studies import progress as module
+from million_experts.studies.progress import Pace, StudyProgress, format_duration
+from million_experts.studies.runs import Run
+
+MACHINE = {"machine": {"cpu": "this"}, "threads": 2}
+
+
+@pytest.fixture
+def run(tiny_settings):
+    return Run("a study", "one", tiny_settings(), {"method": "peer"})
+
+
+def finished(method, flops, seconds, **changes):
+    row = {"labels": {"method": method}, "flops": {"total": flops}, "seconds": seconds - 1, **MACHINE}
+    return {**row, "measuring_seconds": 1, "status": "finished", **changes}
+
+
+def test_a_run_takes_as_long_per_flop_as_the_finished_ones_of_its_method(run):
+    pace = Pace([finished("peer", 1e9, 10), finished("dense", 1e9, 2), finished("peer", 3e9, 10)], MACHINE)
+    assert pace.seconds(run) == pytest.approx(run.flops * 20 / 4e9)
+    assert pace.seconds_per_flop("dense") == pytest.approx(2 / 1e9)
+    assert pace.seconds_per_flop("moe") == pytest.approx(22 / 5e9)
+    assert pace.source == "by 3 finished runs"
+
+
+def test_other_machines_and_diverged_runs_do_not_count(run, monkeypatch):
+    monkeypatch.setattr(module, "matrix_flops_per_second", lambda: 1e9)
+    diverged = {"labels": {}, "flops": {"total": 1e9}, "status": "diverged", **MACHINE}
+    pace = Pace([finished("peer", 1e9, 10, threads=64), diverged], MACHINE)
+    assert pace.seconds(run) == pytest.approx(run.flops / 1e9 / module.UTILISATION)
+    assert "guess" in pace.source
+
+
+def test_the_quick_measure_is_a_speed():
+    assert 1e8 < module.matrix_flops_per_second() < 1e16
+
+
+def test_time_left_counts_the_runs_to_come(run):
+    out = io.StringIO()
+    pace = Pace([finished("peer", run.flops, 100)], MACHINE)
+    with StudyProgress(Console(file=out, width=200), [run, run], pace, later_flops=3 * run.flops) as progress:
+        progress.begin(run)
+        progress.step(6, 12)
+        assert progress._time_left(0.5) == "8 min left"  # 450 s
+        row = {"validation": {"loss": 2.5}} | finished("peer", run.flops, 300)
+        progress.end(run, row)
+    assert "1/2 one: validation 2.5000 nats, 299 s; 13 min left" in out.getvalue()  # 200 s each, four of them
+
+
+def test_a_terminal_gets_bars(run):
+    out = io.StringIO()
+    console = Console(file=out, width=120, force_terminal=True)
+    with StudyProgress(console, [run], Pace([finished("peer", run.flops, 100)], MACHINE)) as progress:
+        progress.begin(run)
+        progress.step(6, 12)
+        progress._bar.refresh()
+    assert "step 6/12" in out.getvalue()
+    assert "50 s left" in out.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(12.3, "12 s"), (600, "10 min"), (7200, "2.0 h")])
+def test_durations_are_readable(seconds, text):
+    assert format_duration(seconds) == text
