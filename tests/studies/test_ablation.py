@@ -82,7 +82,9 @@ def test_gated_experts_are_two_thirds_as_many(tiny_settings):
     # 8 * 16 * 2 rows of the table at work, and 8 * 11 * 3.
     assert own.active - plain.active == (264 - 256) * 16
     # The other way round, for a base with gated experts.
-    (_, ungated) = setups_of(ablation_runs(make_base(tiny_settings, glu=True), ["glu"], [0], ()))
+    (_, ungated) = setups_of(
+        ablation_runs(make_base(tiny_settings, num_experts=256, glu=True), ["glu"], [0], ())
+    )
     assert (ungated.glu, ungated.experts_per_head) == (False, 9)
 
 
@@ -289,7 +291,9 @@ def test_a_study_that_has_just_begun_has_a_report(tiny_settings, tmp_path):
     parts = sections([make_row(runs[0], 3.0)], tmp_path)
     assert len(parts) == 4  # the introduction, and the modes of the one run
     diverged = {"labels": runs[1].labels, "status": "diverged", "name": "x", "settings": {}, "seed": 0}
-    assert "base" not in "".join(sections([make_row(runs[0], 3.0), make_row(runs[2], 3.1), diverged][:2], tmp_path)[1])
+    assert "base" not in "".join(
+        sections([make_row(runs[0], 3.0), make_row(runs[2], 3.1), diverged][:2], tmp_path)[1]
+    )
 
 
 # The command.

@@ -112,8 +112,7 @@ def test_the_effect_is_that_of_two_passes(blocks):
     model.train()
     with torch.no_grad():
         logits = [
-            model(ids, position_ids=own["position_ids"]).logits[:, :half]
-            for ids in (own["input_ids"], mixed)
+            model(ids, position_ids=own["position_ids"]).logits[:, :half] for ids in (own["input_ids"], mixed)
         ]
     change = (logits[1] - logits[0]).double()
     assert effect.logit_change == pytest.approx(change.square().mean().sqrt().item(), rel=1e-4)

@@ -81,7 +81,10 @@ def test_other_arguments_keep_the_parameters_equal():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"peer": {"num_experts": 128**2}}, r"peer must have the baseline's 7,709,952 parameters within 2%, got"),
+        (
+            {"peer": {"num_experts": 128**2}},
+            r"peer must have the baseline's 7,709,952 parameters within 2%, got",
+        ),
         ({"peer": {"trees": 3}}, "PEER has no argument 'trees'"),
         ({"tests": ["peer", "dense"]}, "tests must be among peer, peer_glu, moe, got 'dense'"),
     ],
@@ -97,9 +100,17 @@ def test_a_variant_stands_beside_the_tests():
     assert [run.name for run in plain] == [
         "peer-seed0", "peer_glu-seed0", "moe-seed0", "peer-seed1", "peer_glu-seed1", "moe-seed1",
     ]  # fmt: skip
-    assert [run.name for run in varied][:3] == ["peer(init_std=0.2)-seed0", "peer_glu(init_std=0.2)-seed0", "moe-seed0"]
+    assert [run.name for run in varied][:3] == [
+        "peer(init_std=0.2)-seed0",
+        "peer_glu(init_std=0.2)-seed0",
+        "moe-seed0",
+    ]
     assert plain[2].settings == varied[2].settings
-    assert [run.name for run in speed_runs(choose_tests(SMALL))] == ["peer-speed", "peer_glu-speed", "moe-speed"]
+    assert [run.name for run in speed_runs(choose_tests(SMALL))] == [
+        "peer-speed",
+        "peer_glu-speed",
+        "moe-speed",
+    ]
 
 
 def tiny_tests(text_file, tmp_path, peer=None):
@@ -207,7 +218,9 @@ def test_the_report_puts_the_predecessors_figures_beside_ours(tmp_path):
     tests = choose_tests(SMALL)
     rows = []
     for run in ostix360_runs(tests, range(3)):
-        bonus = {"peer": -0.1, "peer_glu": [0.1, -0.1, 0][run.settings.seed], BASELINE: 0.0}[run.labels["test"]]
+        bonus = {"peer": -0.1, "peer_glu": [0.1, -0.1, 0][run.settings.seed], BASELINE: 0.0}[
+            run.labels["test"]
+        ]
         rows.append(make_row(run, 4.0 + bonus + 0.01 * run.settings.seed, 4.5 + bonus))
     for run in speed_runs(tests):
         ratio = {"peer": 0.5, "peer_glu": 2.0, BASELINE: 1.0}[run.labels["test"]]

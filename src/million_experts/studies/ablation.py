@@ -199,8 +199,8 @@ def ablation_runs(
     for pool in (own.num_experts, *pools):
         if not replace(own, num_experts=pool).exists:
             raise ValueError(
-                f"pools must have codebooks of at least experts_per_head={own.experts_per_head} sub-keys, got "
-                f"{pool} = {' * '.join(map(str, factorise(pool)))}"
+                f"pools must have codebooks of at least experts_per_head={own.experts_per_head} sub-keys, "
+                f"got {pool} = {' * '.join(map(str, factorise(pool)))}"
             )
     runs = []
     # Numbers of experts a head that the pool cannot give are left out.

@@ -14,8 +14,14 @@ from million_experts.layers.retrieval import QUERY_NORMS
 from million_experts.lm.files import explained
 from million_experts.studies.ablation import AXES, Setup
 from million_experts.studies.runs import Row
-from million_experts.studies.statistics import Interval, interval, paired_difference
-from million_experts.studies.tables import format_interval, markdown_table, run_names
+from million_experts.studies.statistics import Interval, paired_difference
+from million_experts.studies.tables import (
+    MODES_NOTE,
+    format_interval,
+    markdown_table,
+    modes_table,
+    run_names,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -38,11 +44,11 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
     base = ", ".join(f"{name}={value}" for name, value in rows[-1]["labels"]["base"].items())
     parts = [
         f"One choice of the layer at a time; the base, of which the others are changes: {base}. "
-        f"{_training(rows[-1])} Validation loss and its difference, to the base unless said otherwise, are means "
-        "over seeds, the difference paired by seed with half of its 95 % interval (Student's t): *lower* and "
-        "*higher* exclude 0, a *tie* does not, and one seed says nothing. Perplexity is that of the mean. "
-        f"Usage and unevenness (KL from uniform, nats) are over {_usage_tokens(rows)} validation tokens, each "
-        "read once, the mean of the layers where there are several."
+        f"{_training(rows[-1])} Validation loss and its difference, to the base unless said otherwise, are "
+        "means over seeds, the difference paired by seed with half of its 95 % interval (Student's t): "
+        "*lower* and *higher* exclude 0, a *tie* does not, and one seed says nothing. Perplexity is that of "
+        f"the mean. Usage and unevenness (KL from uniform, nats) are over {_usage_tokens(rows)} validation "
+        "tokens, each read once, the mean of the layers where there are several."
     ]
     for axis in AXES.values():
         setups = study.present(axis.setups(study.base, study.pools))
@@ -84,9 +90,7 @@ class _Study:
 
     def usage(self, setup: Setup, name: str) -> float:
         """A figure of expert usage, the mean over seeds and layers."""
-        return _mean(
-            layer[name] for row in self.rows(setup) for layer in row["measured"]["usage"].values()
-        )
+        return _mean(layer[name] for row in self.rows(setup) for layer in row["measured"]["usage"].values())
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -103,9 +107,7 @@ def _training(row: Row) -> str:
 
 
 def _usage_tokens(rows: Sequence[Row]) -> str:
-    counts = {
-        layer["tokens"] for row in rows for layer in row.get("measured", {}).get("usage", {}).values()
-    }
+    counts = {layer["tokens"] for row in rows for layer in row.get("measured", {}).get("usage", {}).values()}
     return " or ".join(f"{count:,}" for count in sorted(counts)) or "no"
 
 
@@ -148,7 +150,8 @@ def _table_2(study: _Study) -> list[str]:
     lines, holds, asked = [], [], 0
     for pool in study.pools:
         setups = {
-            norm: replace(study.base, num_experts=pool, query_norm=norm) for norm in ("none", "batch", "layer")
+            norm: replace(study.base, num_experts=pool, query_norm=norm)
+            for norm in ("none", "batch", "layer")
         }
         own = {norm: setup for norm, setup in setups.items() if setup in study.runs}
         if not {"none", "batch"} <= own.keys():
@@ -164,7 +167,9 @@ def _table_2(study: _Study) -> list[str]:
         ):
             cells.append(" / ".join(format_.format(figure(own[n])) if n in own else "—" for n in setups))
             cells.append("—" if paper is None else " / ".join(f"{value:g}" for value in paper[i]))
-        lines.append((f"{pool:,}", *cells, run_names(row for setup in own.values() for row in study.rows(setup))))
+        lines.append(
+            (f"{pool:,}", *cells, run_names(row for setup in own.values() for row in study.rows(setup)))
+        )
         asked += 1
         holds += [pool] * (
             study.usage(own["batch"], "usage") > study.usage(own["none"], "usage")
@@ -177,64 +182,25 @@ def _table_2(study: _Study) -> list[str]:
     )  # fmt: skip
     return [
         "## Query norm: the paper's Table 2",
-        "Each cell: without a norm / with BatchNorm / with LayerNorm; the paper's: without / with BatchNorm. Its "
-        "models are larger by far, its text is C4: compare the differences, not the levels.",
+        "Each cell: without a norm / with BatchNorm / with LayerNorm; the paper's: without / with "
+        "BatchNorm. Its models are larger by far, its text is C4: compare the differences, not the levels.",
         markdown_table(header, lines),
-        f"BatchNorm gives both higher usage and lower unevenness than no norm at {len(holds)} of {asked} sizes"
+        f"BatchNorm gives both higher usage and lower unevenness than no norm at {len(holds)} of {asked} "
+        "sizes"
         + (f" ({', '.join(f'{pool:,}' for pool in holds)})." if 0 < len(holds) < asked else "."),
     ]
 
 
 def _modes(study: _Study) -> list[str]:
     """Training and evaluation mode under query BatchNorm, on the same text."""
-    lines = []
-    for setup in study.runs:
-        rows = [row for row in study.rows(setup) if "batch_norm" in row["measured"]]
-        if not rows:
-            continue
-        found = [row["measured"]["batch_norm"] for row in rows]
-        gap = interval([f["loss_train_mode"] - f["loss_eval_mode"] for f in found])
-        future = [f["future"] for f in found]
-        known = interval([f["loss_own_future"] - f["loss_other_future"] for f in future])
-        lines.append(
-            (
-                setup.changes(study.base),
-                f"{_mean(f['loss_train_mode'] for f in found):.4f}",
-                f"{_mean(f['loss_eval_mode'] for f in found):.4f}",
-                format_interval(gap, 4, signed=True),
-                f"{_mean(f['logit_change'] for f in future):.2g}",
-                f"{max(f['largest_logit_change'] for f in future):.2g}",
-                f"{_mean(f['divergence'] for f in future):.2g}",
-                format_interval(known, 5, signed=True),
-                f"{found[0]['tokens']:,}",
-                run_names(rows),
-            )
-        )
-    if not lines:
-        return []
-    header = (
-        "change", "training mode, nats", "evaluation mode", "difference", "logits' change", "largest",
-        "divergence, nats", "own − other future", "tokens", "runs",
-    )  # fmt: skip
-    return [
-        "## Query BatchNorm: does it see the future?",
-        "The same validation text in batches as in training, by a trained model that takes the batch's "
-        "statistics (training mode) and the running ones (evaluation mode). A negative difference is what the "
-        "training mode gains. Then, in training mode, the second half of every row gives way to other text: "
-        "how much the logits of the first half change (root mean square, largest), the KL divergence of their "
-        "predictions, and the loss of the first half before its own future minus that before another. Were the "
-        "future of use, that would be negative. In evaluation mode nothing changes, to the bit: a test sees "
-        "to it.",
-        markdown_table(header, lines),
-    ]
+    table = modes_table((setup.changes(study.base), study.rows(setup)) for setup in study.runs)
+    return ["## Query BatchNorm: does it see the future?", MODES_NOTE, table] if table else []
 
 
 def _figures(study: _Study, folder: Path) -> list[str]:
     """Loss against the pool and against the experts at work, and usage against the pool."""
     norms = {
-        norm: study.present(
-            replace(study.base, num_experts=pool, query_norm=norm) for pool in study.pools
-        )
+        norm: study.present(replace(study.base, num_experts=pool, query_norm=norm) for pool in study.pools)
         for norm in QUERY_NORMS
     }
     norms = {norm: setups for norm, setups in norms.items() if len(setups) > 1}
@@ -255,7 +221,8 @@ def _figures(study: _Study, folder: Path) -> list[str]:
             left.legend(title="query norm", frameon=False)
         _save(figure, folder / LOSS_FIGURE)
         parts.append(
-            f"![Validation loss against experts]({LOSS_FIGURE})\n\nPoints are runs, lines the means over seeds."
+            f"![Validation loss against experts]({LOSS_FIGURE})\n\nPoints are runs, lines the means over "
+            "seeds."
         )
     if norms:
         figure, (left, right) = _panels()

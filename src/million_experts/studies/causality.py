@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,11 @@ from million_experts.layers import ExpertChoiceMoE, MaskedBatchNorm, ProductKeyR
 from million_experts.lm.packing import PackedBlocks
 from million_experts.lm.scoring import evaluation_mode
 
+if TYPE_CHECKING:
+    from million_experts.studies.runs import Run
+    from million_experts.studies.texts import Texts
+
+MODES_TOKENS = 65_536
 Batch = dict[str, Tensor]  # input_ids and position_ids, int64 [B, L]
 
 
@@ -66,15 +71,24 @@ def evaluate_modes(
 ) -> dict[str, dict[str, Any]]:
     """The figures of both modes for a row, under "batch_norm" or "expert_choice".
 
-    Nothing for a model whose layers choose in training as in evaluation. Arguments as in `losses_by_mode`.
+    The future's effect is left out where there is no other text to put there. Nothing for a model whose layers choose in training as in evaluation. Arguments as in `losses_by_mode`.
     """
     kinds = {"batch_norm": MaskedBatchNorm, "expert_choice": ExpertChoiceMoE}
     for name, kind in kinds.items():
         if any(isinstance(module, kind) for module in model.modules()):
-            losses = losses_by_mode(model, blocks, batch_size, most_tokens)
-            effect = future_effect(model, blocks, batch_size, most_tokens, as_in_training=True)
-            return {name: {**asdict(losses), "future": asdict(effect)}}
+            figures: dict[str, Any] = asdict(losses_by_mode(model, blocks, batch_size, most_tokens))
+            if len(_rows(blocks, most_tokens)) > 1:
+                effect = future_effect(model, blocks, batch_size, most_tokens, as_in_training=True)
+                figures["future"] = asdict(effect)
+            return {name: figures}
     return {}
+
+
+def measure_modes(run: Run, model: nn.Module, texts: Texts) -> dict[str, dict[str, Any]]:
+    """`evaluate_modes` on the first validation tokens, for the rows of a study."""
+    settings = run.settings
+    blocks = PackedBlocks(texts.validation, settings.context, settings.document_mask)
+    return evaluate_modes(model, blocks, settings.batch_size, MODES_TOKENS)
 
 
 @contextmanager

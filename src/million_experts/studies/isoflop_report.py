@@ -14,7 +14,13 @@ from million_experts.lm.files import explained
 from million_experts.studies.isoflop import METHODS, format_budget, validation_loss
 from million_experts.studies.runs import Row
 from million_experts.studies.statistics import Interval, fit_parabola, interval, paired_difference
-from million_experts.studies.tables import format_interval, markdown_table, run_names
+from million_experts.studies.tables import (
+    MODES_NOTE,
+    format_interval,
+    markdown_table,
+    modes_table,
+    run_names,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,9 +49,9 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
         parts += [
             "## Loss against size",
             f"![Validation loss against FLOPs per token]({FIGURE})",
-            "Size is training FLOPs per token, all that a model computes; first seed, validation text. A curve "
-            "is the least-squares parabola over the logarithm of size where the losses curve upwards, its star "
-            "the minimum.",
+            "Size is training FLOPs per token, all that a model computes; first seed, validation text. A "
+            "curve is the least-squares parabola over the logarithm of size where the losses curve upwards, "
+            "its star the minimum.",
             _sizes(study),
             "## The best model of each method",
             "Its size was chosen by validation loss with the first seed. Means over seeds with half of the "
@@ -62,6 +68,13 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
                 for budget in study.budgets
             ),
         ]
+        modes = modes_table(
+            (f"{method}, {format_budget(budget)}", study.best(method, budget))
+            for budget in study.budgets
+            for method in study.methods
+        )
+        if modes:
+            parts += ["## What training sees of the future", MODES_NOTE, modes]
     return parts
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from million_experts.benchmarks.machine import OtherLoad, describe
 from million_experts.layers.retrieval import factorise
+from million_experts.lm.memory import takes_bfloat16
 from million_experts.lm.settings import TrainSettings, load_preset
 from million_experts.lm.training import model_config
 from million_experts.models import count_parameters
@@ -165,14 +166,14 @@ def run_study(
 ) -> None:
     """Trains what the ledger does not have, then times what it has no times of.
 
-    Times are taken together with the baseline's, which they are compared with; without the baseline among the
+    Times are compared with the baseline's, which are taken beside them: without it, or nothing else, among the
     tests none are. Raises what `execute` raises.
     """
     execute(ostix360_runs(tests, seeds, variant), ledger, console, command=command)
     runs = speed_runs(tests, variant)
     pending = ledger.missing(runs)
     baseline = next((run for run in runs if run.labels["test"] == BASELINE), None)
-    if not pending or baseline is None:
+    if not pending or baseline is None or len(runs) < 2:
         return
     compared = [baseline, *(run for run in pending if run is not baseline)]
     texts = load_texts(baseline.settings)
@@ -188,6 +189,7 @@ def run_study(
             "labels": run.labels,
             "settings": stored_settings(run.settings),
             "parameters": dataclasses.asdict(count_parameters(run.config)),
+            "precision": "bfloat16" if takes_bfloat16(run.settings.precision) else "float32",
             "speed": figures[run.name],
             "baseline": figures[baseline.name],
             "other_cores": round(load.cores, 3),
@@ -200,4 +202,9 @@ def run_study(
 
 def _labels(test: str, variant: str) -> dict[str, Any]:
     variant = "" if test == BASELINE else variant
-    return {"test": test, "variant": variant, "method": test, "name": f"{test}({variant})" if variant else test}
+    return {
+        "test": test,
+        "variant": variant,
+        "method": test,
+        "name": f"{test}({variant})" if variant else test,
+    }

@@ -33,18 +33,19 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
     first = tests[names[0]][0]
     settings = first["settings"]
     parts = [
-        f"{settings['num_hidden_layers']} blocks of width {settings['hidden_size']}, all feed-forwards of the "
-        f"same kind, vocabulary {settings['vocab_size']:,}, {first['steps']:,} steps of {settings['batch_size']} x "
-        f"{settings['context']} tokens, learning rate {settings['learning_rate']:g} with a "
-        f"{settings['lr_scheduler_type']} schedule, warm-up {settings['warmup_steps']:g} (below 1 a share of the "
-        "steps). The predecessor had vocabulary 32,000 and 2,500 steps, so only differences between its tests "
-        "can be compared with ours. Losses are means over seeds with half of the 95 % interval, nats per token; "
-        "the training losses are of the language model alone, without the router's balancing loss.",
+        f"{settings['num_hidden_layers']} blocks of width {settings['hidden_size']}, all feed-forwards of "
+        f"the same kind, vocabulary {settings['vocab_size']:,}, {first['steps']:,} steps of "
+        f"{settings['batch_size']} x {settings['context']} tokens, learning rate "
+        f"{settings['learning_rate']:g} with a {settings['lr_scheduler_type']} schedule, warm-up "
+        f"{settings['warmup_steps']:g} (below 1 a share of the steps). The predecessor had vocabulary "
+        "32,000 and 2,500 steps, so only differences between its tests can be compared with ours. Losses "
+        "are means over seeds with half of the 95 % interval, nats per token; the training losses are of "
+        "the language model alone, without the router's balancing loss.",
         "## Loss",
         _losses(names, tests),
         "## Differences from the baseline",
-        "Paired by seed and order of data, negative is better than the baseline: mean and 95 % interval over n "
-        "seeds. *Lower* and *higher* exclude 0, a *tie* does not, and one seed says nothing.",
+        "Paired by seed and order of data, negative is better than the baseline: mean and 95 % interval "
+        "over n seeds. *Lower* and *higher* exclude 0, a *tie* does not, and one seed says nothing.",
         _differences(names, tests),
     ]
     timed = [name for name in names if name in speeds]
@@ -111,13 +112,14 @@ def _differences(names: Iterable[str], tests: dict[str, list[Row]]) -> str:
 def _speed_note(row: Row) -> str:
     times = row["speed"]["seconds"]
     return (
-        "A training step: forward, backward, clipping and the optimiser, on new models and real text. Times were "
-        f"taken in one process, the models in turns, {times['repetitions']} steps of each after the training "
-        f"runs, while others kept {row['other_cores']:.2f} cores busy; medians and quartiles, and the median over "
-        "rounds of the ratio to the baseline's step of the same round. Memory is that of the weights and of the "
-        "peak above them, optimiser state and gradients included, each model in a process of its own; the "
-        "process itself (Python, PyTorch) is left out. The predecessor says of its layer that it takes at least "
-        f"{PUBLISHED_TIME} times the time and {PUBLISHED_MEMORY} times the memory of the baseline."
+        "A training step: forward, backward, clipping and the optimiser, on new models and real text. Times "
+        f"were taken in one process, the models in turns, {times['repetitions']} steps of each after the "
+        f"training runs, while others kept {row['other_cores']:.2f} cores busy; medians and quartiles, and "
+        "the median over rounds of the ratio to the baseline's step of the same round. Memory is that of the "
+        "weights and of the peak above them, optimiser state and gradients included, each model in a process "
+        "of its own; the process itself (Python, PyTorch) is left out. The predecessor says of its layer "
+        f"that it takes at least {PUBLISHED_TIME} times the time and {PUBLISHED_MEMORY} times the memory of "
+        "the baseline."
     )
 
 
