@@ -27,10 +27,7 @@ TINY_STUDY = (
     "--peer num_experts=64 --peer num_heads=2 --peer experts_per_head=4 --peer key_dim=8"
 ).split()
 TINY_STUDIES = {
-    "isoflop": (
-        "--budget 2e7 --sizes 16x2 --learning-rates 2e-3 --expert-choice num_experts=4 --pkm num_experts=64 "
-        "--pkm experts_per_head=4 --memory-plus num_experts=64 --memory-plus experts_per_head=4"
-    ).split(),
+    "isoflop": "--budget 1e8 --methods dense,peer --sizes 16x2 --learning-rates 2e-3".split(),
     "ablation": "--num-experts 64 --pools 64 --steps 2 --hidden-size 16 --num-hidden-layers 2".split(),
     "ostix360": "--steps 2 --timed-steps 3 --tests moe".split(),
 }

@@ -335,7 +335,7 @@ def test_a_report_of_a_study_that_has_just_begun_is_whole(tiny_settings, ledger)
 @pytest.fixture
 def command(text_file, tmp_path):
     tiny = (
-        "study isoflop --budget 3e7 --budget 6e7 --methods dense,peer --seeds 2 --sizes 16x2,24x2 "
+        "study isoflop --budget 3e8 --budget 6e8 --methods dense,peer --seeds 2 --sizes 16x2,24x2 "
         "--learning-rates 2e-3,8e-3 --vocab-size 300 --context 32 --batch-size 4 --precision float32 "
         "--peer num_experts=64 --peer num_heads=2 --peer experts_per_head=4 --peer key-dim=8 "
         "--max-documents 100"
@@ -374,7 +374,7 @@ def test_the_study_runs_from_plan_to_report(command, tmp_path):
         budget = row["labels"]["budget"]
         assert 0.9 * budget < row["flops"]["total"] <= budget
         # The options as they were typed, for the shell.
-        assert row["command"].split()[:5] == ["million-experts", *command[:2], "--budget", "3e+07"]
+        assert row["command"].split()[:5] == ["million-experts", *command[:2], "--budget", "3e+08"]
         assert "--peer key-dim=8" in row["command"]
     # Runs of one seed and size read the same text, whatever the method.
     assert len({row["texts"]["train"]["digest"] for row in rows}) == 1

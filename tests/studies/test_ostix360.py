@@ -229,7 +229,8 @@ def test_the_report_puts_the_predecessors_figures_beside_ours(tmp_path):
                 "name": run.name, "status": "measured", "labels": run.labels, "other_cores": 0.25,
                 "speed": {
                     "seconds": {"median": ratio, "q1": ratio * 0.9, "q3": ratio * 1.1, "repetitions": 36},
-                    "time_ratio": ratio, "weight_bytes": 3e7, "peak_bytes": ratio * 2e8, "memory_ratio": ratio,
+                    "time_ratio": ratio, "memory_ratio": ratio,
+                    "weight_bytes": 3e7, "peak_bytes": ratio * 2e8,
                 },
             }
         )  # fmt: skip

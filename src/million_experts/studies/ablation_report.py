@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ import matplotlib.pyplot as plt
 LOSS_FIGURE, USAGE_FIGURE = "ablation-loss.png", "ablation-usage.png"
 # Query norm -> colour and marker.
 STYLES = {"batch": ("#2a6fb0", "o"), "layer": ("#3a9a5b", "D"), "none": ("#d9772b", "^")}
-# Table 2 of arXiv 2407.04153: N -> perplexity, usage in per cent, unevenness, each without and with BatchNorm.
+# Table 2 of arXiv 2407.04153: N -> perplexity, usage in per cent, unevenness; without and with BatchNorm.
 PAPER = {
     128**2: ((23.47, 23.47), (100, 100), (0.45, 0.30)),
     256**2: ((22.61, 22.55), (100, 100), (0.63, 0.44)),
@@ -137,7 +138,7 @@ def _line(study: _Study, setup: Setup, reference: Setup) -> tuple[str, ...]:
 def _each_step(study: _Study, setups: Sequence[Setup]) -> str:
     """Whether every larger pool has the lower loss."""
     lines = []
-    for smaller, larger in zip(setups, setups[1:], strict=False):
+    for smaller, larger in itertools.pairwise(setups):
         found = study.difference(larger, smaller)
         if found is not None:
             step = f"{smaller.num_experts:,} to {larger.num_experts:,}"
@@ -186,8 +187,7 @@ def _table_2(study: _Study) -> list[str]:
         "BatchNorm. Its models are larger by far, its text is C4: compare the differences, not the levels.",
         markdown_table(header, lines),
         f"BatchNorm gives both higher usage and lower unevenness than no norm at {len(holds)} of {asked} "
-        "sizes"
-        + (f" ({', '.join(f'{pool:,}' for pool in holds)})." if 0 < len(holds) < asked else "."),
+        "sizes" + (f" ({', '.join(f'{pool:,}' for pool in holds)})." if 0 < len(holds) < asked else "."),
     ]
 
 

@@ -71,7 +71,8 @@ def evaluate_modes(
 ) -> dict[str, dict[str, Any]]:
     """The figures of both modes for a row, under "batch_norm" or "expert_choice".
 
-    The future's effect is left out where there is no other text to put there. Nothing for a model whose layers choose in training as in evaluation. Arguments as in `losses_by_mode`.
+    The future's effect is left out where there is no other text to put there. Nothing for a model whose
+    layers choose in training as in evaluation. Arguments as in `losses_by_mode`.
     """
     kinds = {"batch_norm": MaskedBatchNorm, "expert_choice": ExpertChoiceMoE}
     for name, kind in kinds.items():

@@ -288,8 +288,8 @@ def ostix360(
 ) -> None:
     """Repeat the predecessor's three tests: PEER, PEER with GLU and Mixtral's mixture at equal parameters.
 
-    Same shapes and schedule as there, by default with a smaller vocabulary, fewer tokens and text that needs no
-    network. Loss, time of a step and peak memory; a step is timed with the models in turns after the training.
+    Same shapes and schedule as there, by default with a smaller vocabulary, fewer tokens and text that needs
+    no network. Loss, time of a step and peak memory; steps are timed after the training, the models in turns.
     """
     from million_experts.studies.ostix360 import choose_tests, ostix360_runs, run_study
     from million_experts.studies.runs import print_runs

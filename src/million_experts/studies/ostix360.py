@@ -75,8 +75,8 @@ def choose_tests(
     models nearest to the baseline's number of parameters.
 
     Raises:
-        ValueError: an unknown test, an argument that PEER has not, or models whose numbers of parameters differ
-            by more than 2 %.
+        ValueError: an unknown test, an argument that PEER has not, or models whose numbers of parameters
+            differ by more than 2 %.
     """
     changes, arguments = dict(changes or {}), dict(peer or {})
     if "steps" in changes:
@@ -166,8 +166,8 @@ def run_study(
 ) -> None:
     """Trains what the ledger does not have, then times what it has no times of.
 
-    Times are compared with the baseline's, which are taken beside them: without it, or nothing else, among the
-    tests none are. Raises what `execute` raises.
+    Times are compared with the baseline's, which are taken beside them: without it, or with it alone, none
+    are taken. Raises what `execute` raises.
     """
     execute(ostix360_runs(tests, seeds, variant), ledger, console, command=command)
     runs = speed_runs(tests, variant)

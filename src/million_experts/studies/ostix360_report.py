@@ -80,8 +80,8 @@ def _losses(names: Iterable[str], tests: dict[str, list[Row]]) -> str:
             )
         )
     header = (
-        "test", "layer", "parameters", "there", f"training, last 1/{LAST}", "there, last step", "training, mean",
-        "there", "validation", *_texts(tests), "runs",
+        "test", "layer", "parameters", "there", f"training, last 1/{LAST}", "there, last step",
+        "training, mean", "there", "validation", *_texts(tests), "runs",
     )  # fmt: skip
     return markdown_table(header, lines, left=2)
 
@@ -142,7 +142,8 @@ def _speed(names: Iterable[str], speeds: dict[str, Row]) -> str:
             )
         )
     header = (
-        "test", "time of a step", "over the baseline", "there", "peak memory", "over the baseline", "there", "row",
+        "test", "time of a step", "over the baseline", "there", "peak memory", "over the baseline", "there",
+        "row",
     )  # fmt: skip
     return markdown_table(header, lines)
 

@@ -41,8 +41,8 @@ def write_report(ledger: Ledger) -> Path:
     parts = [
         f"# {title}",
         f"{len(rows)} runs, a row each in [{ledger.path.name}]({ledger.path.name}) under the name that "
-        "stands with every number. Losses are of whole documents, in nats per token; choices were made by the "
-        "validation text alone.",
+        "stands with every number. Losses are of whole documents, in nats per token; choices were made by "
+        "the validation text alone.",
         tables.provenance(rows),
         *sections(rows, ledger.path.parent),
         "## Texts",

@@ -234,7 +234,8 @@ def execute(
         return
     machine = describe()
     pace = Pace(ledger.rows(), machine)
-    texts, key = None, None
+    texts: Texts | None = None
+    key: tuple[Any, ...] = ()
     with StudyProgress(console, pending, pace, later_flops) as progress:
         try:
             for run in pending:
