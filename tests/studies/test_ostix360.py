@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -25,6 +26,16 @@ from million_experts.studies.ostix360 import (
 from million_experts.studies.texts import load_texts
 
 SMALL = {"vocab_size": 4096, "steps": 1000}
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """The tests with models of a third of the blocks and a quarter of the width."""
+    monkeypatch.setattr(
+        ostix360,
+        "load_preset",
+        lambda name: replace(load_preset(name), hidden_size=64, num_hidden_layers=2),
+    )
 
 
 def sizes(tests):
@@ -121,7 +132,7 @@ def tiny_tests(text_file, tmp_path, peer=None):
     return choose_tests(changes, peer)
 
 
-def test_steps_are_timed_in_turns_and_compared_round_by_round(text_file, tmp_path, monkeypatch):
+def test_steps_are_timed_in_turns_and_compared_round_by_round(text_file, tmp_path, narrow, monkeypatch):
     """With times and peaks made up: what is made of them, and that each model trains as `train` does."""
     tests = tiny_tests(text_file, tmp_path)
     order = []
@@ -162,12 +173,12 @@ def test_steps_are_timed_in_turns_and_compared_round_by_round(text_file, tmp_pat
     assert figures["peer"]["memory_ratio"] == (weights + 5_000_000) / baseline
 
 
-def test_a_timed_step_trains_on_the_text(text_file, tmp_path):
+def test_a_timed_step_trains_on_the_text(text_file, tmp_path, narrow):
     tests = tiny_tests(text_file, tmp_path)
     stream = load_texts(tests["peer"]).train
     competitor = speed._competitor("peer", tests["peer"], stream)
     workload = competitor.build({}, **competitor.arguments)
-    ids, positions = workload.draw(torch_generator(1))
+    ids, positions = workload.draw(torch.Generator().manual_seed(1))
     assert ids.shape == positions.shape == (2, 16)
     text = stream.tokens.tolist()
     rows = [text[i : i + 16] for i in range(0, len(text) - 15, 16)]
@@ -179,14 +190,8 @@ def test_a_timed_step_trains_on_the_text(text_file, tmp_path):
     # What loads libraries before memory is measured is small, and runs.
     tiny = competitor.tiny()
     few = tiny.build({}, **tiny.arguments)
-    assert few.draw(torch_generator(0))[0].numel() == 8
+    assert few.draw(torch.Generator().manual_seed(0))[0].numel() == 8
     assert speed.make_run(few, "step")(0) > 0
-
-
-def torch_generator(seed):
-    import torch
-
-    return torch.Generator().manual_seed(seed)
 
 
 # The report and the command.
@@ -251,7 +256,7 @@ def test_the_report_puts_the_predecessors_figures_beside_ours(tmp_path):
     assert times[3][3] == times[3][6] == "1"
 
 
-def test_the_study_runs_from_plan_to_report(text_file, tmp_path, monkeypatch):
+def test_the_study_runs_from_plan_to_report(text_file, tmp_path, narrow, monkeypatch):
     monkeypatch.setattr(  # a process for each model would take a minute
         speed, "measure_peaks", lambda c, phases, threads: {"step": Peak(1_000_000, None, 0)}
     )
