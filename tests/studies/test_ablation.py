@@ -290,10 +290,20 @@ def test_a_study_that_has_just_begun_has_a_report(tiny_settings, tmp_path):
     runs = ablation_runs(make_base(tiny_settings), seeds=[0], pools=POOLS)
     parts = sections([make_row(runs[0], 3.0)], tmp_path)
     assert len(parts) == 4  # the introduction, and the modes of the one run
-    diverged = {"labels": runs[1].labels, "status": "diverged", "name": "x", "settings": {}, "seed": 0}
-    assert "base" not in "".join(
-        sections([make_row(runs[0], 3.0), make_row(runs[2], 3.1), diverged][:2], tmp_path)[1]
-    )
+    diverged = {"name": "gone-seed0", "status": "diverged", "labels": runs[0].labels, "seed": 0}
+    parts = sections([make_row(runs[0], 3.0), diverged, make_row(runs[1], 3.1)], tmp_path)
+    assert "in no table, are `gone-seed0`" in parts[1]
+    assert "gone" not in "".join(parts[2:])
+
+
+def test_the_base_stands_in_every_table(tiny_settings, tmp_path):
+    base = make_base(tiny_settings, init_std=0.3, num_experts=144)
+    runs = ablation_runs(base, ["init_std", "num_experts"], [0], POOLS)
+    parts = sections([make_row(run, 3 - run.settings.peer["num_experts"] / 1e3) for run in runs], tmp_path)
+    lines = part_after(parts, AXES["init_std"].question)
+    assert [line[0] for line in lines[1:]] == ["base", "init_std=0.03", "init_std=0.1", "init_std=0.2"]
+    steps = part_after(parts, AXES["num_experts"].question, 2)
+    assert [line[:2] for line in steps[1:]] == [["64 to 144", "-0.0800"], ["144 to 256", "-0.1120"]]
 
 
 # The command.

@@ -51,13 +51,16 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
         f"the mean. Usage and unevenness (KL from uniform, nats) are over {_usage_tokens(rows)} validation "
         "tokens, each read once, the mean of the layers where there are several."
     ]
+    if diverged := [row for row in rows if "validation" not in row]:
+        parts.append(f"Without a loss, and so in no table, are {run_names(diverged)}, which diverged.")
     for axis in AXES.values():
         setups = study.present(axis.setups(study.base, study.pools))
         if any(setup != study.base for setup in setups):
+            setups = setups if study.base in setups else study.present([study.base, *setups])
             lines = [_line(study, setup, axis.reference(setup, study.base)) for setup in setups]
             parts += [f"## {axis.question}", axis.note, markdown_table(_HEADER, lines)]
             if axis is AXES["num_experts"]:
-                parts.append(_each_step(study, setups))
+                parts.append(_each_step(study, sorted(setups, key=lambda setup: setup.num_experts)))
     parts += _table_2(study)
     parts += _modes(study)
     return [*parts, *_figures(study, folder)]
