@@ -11,8 +11,6 @@ from rich.console import Console
 from million_experts.lm.settings import DEFAULT_CACHE, TABLE_RATE, TrainSettings, parse_arguments
 
 if TYPE_CHECKING:
-    from click import Context
-
     from million_experts.studies.runs import Ledger
 
 HELP = "Compare PEER with its competitors at equal cost: training runs, a ledger of them, a report."
@@ -354,7 +352,7 @@ def finish(ledger: "Ledger", console: Console) -> None:
     console.print(f"Report: {write_report(ledger)}", markup=False, soft_wrap=True)
 
 
-def command_line(context: "Context") -> str:
+def command_line(context: typer.Context) -> str:
     """The command that the user gave, from what was parsed, for the rows of the ledger."""
     words = ["million-experts", "study", context.info_name or ""]
     for parameter in context.command.params:

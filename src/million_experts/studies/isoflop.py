@@ -170,13 +170,14 @@ class Options:
         if method == "peer_shared":
             given = {"shared_width": 4 * size.hidden_size} | given | dict(self.arguments.get("peer", {}))
         given |= self.arguments.get(method, {})
+        changes: dict[str, Any] = {"dense": dict(self.arguments.get("dense", {})), kind: given}
         return dataclasses.replace(
             self.base,
             hidden_size=size.hidden_size,
             num_hidden_layers=layers,
             num_attention_heads=size.num_attention_heads,
             mlp_layer_types=[kind if i == layers // 2 else "dense" for i in range(layers)],
-            **{"dense": dict(self.arguments.get("dense", {}))} | {kind: given},
+            **changes,
         )
 
     def run(self, method: str, budget: float, size: Size, learning_rate: float, seed: int, phase: str) -> Run:

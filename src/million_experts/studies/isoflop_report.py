@@ -189,7 +189,7 @@ def _parabola(rows: Sequence[Row]) -> Any:
 
 def _best_models(study: _Study, budget: float) -> str:
     parts = [f"### {format_budget(budget)} FLOPs"]
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for method in study.methods:
         for row in study.best(method, budget)[:1]:
             lines.append(
@@ -203,15 +203,7 @@ def _best_models(study: _Study, budget: float) -> str:
                     _usage(row),
                 )
             )
-    header = (
-        "method",
-        "size",
-        "parameters, active",
-        "FLOPs a token",
-        "tokens",
-        "learning rate",
-        "experts used",
-    )
+    header = ("method", "size", "parameters", "FLOPs a token", "tokens", "learning rate", "experts used")
     parts.append(markdown_table(header, lines))
     for test in study.tests:
         lines = []
@@ -220,18 +212,11 @@ def _best_models(study: _Study, budget: float) -> str:
             if rows:
                 loss = interval([row["tests"][test]["loss"] for row in rows])
                 bits = interval([row["tests"][test]["bits_per_byte"] for row in rows])
-                lines.append(
-                    (
-                        method,
-                        format_interval(loss, 4),
-                        f"{math.exp(loss.mean):.2f}",
-                        format_interval(bits, 4),
-                        str(loss.n),
-                        run_names(rows),
-                    )
-                )
-        header = ("method", "nats per token", "perplexity", "bits per byte", "n", "runs")
-        parts.append(f"Test text {test}:\n\n{markdown_table(header, lines)}")
+                perplexity = f"{math.exp(loss.mean):.2f}"
+                numbers = format_interval(loss, 4), perplexity, format_interval(bits, 4), str(loss.n)
+                lines.append((method, *numbers, run_names(rows)))
+        columns = ("method", "nats per token", "perplexity", "bits per byte", "n", "runs")
+        parts.append(f"Test text {test}:\n\n{markdown_table(columns, lines)}")
     return "\n\n".join(parts)
 
 

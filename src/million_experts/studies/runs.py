@@ -274,14 +274,13 @@ def print_runs(
     pending = ledger.missing(runs)
     pace = Pace(ledger.rows(), describe())
     table = Table(title=f"Runs known so far and not in {ledger.path}", title_justify="left")
-    for column in ("run", "model", "steps", "tokens", "FLOPs", "expected"):
+    for column in ("run", "model", "steps", "FLOPs", "expected"):
         table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
     for run in pending:
         table.add_row(
             run.name,
             count_parameters(run.config).label,
             f"{run.settings.steps:,}",
-            f"{run.settings.steps * run.settings.tokens_per_step():,}",
             f"{run.flops:.3g}",
             format_duration(pace.seconds(run)),
         )

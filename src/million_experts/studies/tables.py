@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from million_experts.benchmarks.machine import one_line
 from million_experts.studies.progress import format_duration
@@ -62,7 +63,7 @@ def provenance(rows: Sequence[Row]) -> str:
 
 def texts_table(rows: Sequence[Row]) -> str:
     """The texts that runs read, which are the same for all."""
-    texts = next((row["texts"] for row in rows), {})
+    texts: dict[str, Any] = next((row["texts"] for row in rows), {})
     return markdown_table(
         ("text", "tokens", "bytes"),
         [(name, f"{text['tokens']:,}", f"{text['bytes']:,}") for name, text in texts.items()],
