@@ -208,7 +208,8 @@ def _figures(study: _Study, folder: Path) -> list[str]:
     }
     norms = {norm: setups for norm, setups in norms.items() if len(setups) > 1}
     active = sorted(
-        study.present(AXES["active"].setups(study.base, study.pools)), key=lambda setup: setup.active
+        study.present([study.base, *AXES["active"].setups(study.base, study.pools)]),
+        key=lambda setup: setup.active,
     )
     parts = []
     if norms or len(active) > 1:
