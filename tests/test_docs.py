@@ -26,7 +26,11 @@ TINY_STUDY = (
     "--seeds 1 --vocab-size 300 --context 32 --batch-size 2 --max-documents 20 --cache-dir cache "
     "--peer num_experts=64 --peer num_heads=2 --peer experts_per_head=4 --peer key_dim=8"
 ).split()
-TINY_STUDIES = {"isoflop": ("--budget 1e8 --methods dense,peer --sizes 16x2 --learning-rates 2e-3").split()}
+TINY_STUDIES = {
+    "isoflop": "--budget 1e8 --methods dense,peer --sizes 16x2 --learning-rates 2e-3".split(),
+    "ablation": "--num-experts 64 --pools 64 --steps 2 --hidden-size 16 --num-hidden-layers 2".split(),
+    "ostix360": "--steps 2 --timed-steps 3 --tests moe".split(),
+}
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -20,7 +20,7 @@ from million_experts.lm.settings import (
 from million_experts.lm.training import model_config
 from million_experts.models import PeerForCausalLM
 
-PRESETS = ["demo", "million", "ostix360-test1", "ostix360-test2", "paper-middle"]
+PRESETS = ["demo", "million", "ostix360-test1", "ostix360-test2", "ostix360-test3", "paper-middle"]
 
 
 def test_presets_are_those_that_are_documented():

@@ -14,11 +14,18 @@ from transformers import TrainerCallback
 
 from million_experts.lm import training
 from million_experts.lm.scoring import score_documents
-from million_experts.models import PeerConfig
+from million_experts.models import PeerConfig, PeerForCausalLM
 from million_experts.models.feed_forwards import FEED_FORWARDS
 from million_experts.studies import runs as module
 from million_experts.studies.flops import training_flops_per_token
-from million_experts.studies.runs import Ledger, Run, execute, stored_settings, training_steps
+from million_experts.studies.runs import (
+    Ledger,
+    Run,
+    execute,
+    stored_settings,
+    train_and_measure,
+    training_steps,
+)
 from million_experts.studies.texts import load_texts
 
 
@@ -303,3 +310,34 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(ledger, make_ru
 def test_names_must_be_unique(ledger, make_run):
     with pytest.raises(ValueError, match="unique"):
         run_all([make_run(), make_run(seed=1)], ledger)
+
+
+def test_the_training_loss_is_the_language_models_alone(make_run, tmp_path, monkeypatch):
+    """The router's balancing loss is trained on, and logged beside it."""
+    found = []
+    forward = PeerForCausalLM.forward
+
+    def watched(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        if out.router_loss is not None:
+            found.append((out.loss.item(), out.router_loss.item()))
+        return out
+
+    monkeypatch.setattr(PeerForCausalLM, "forward", watched)
+    run = make_run(
+        mlp_layer_types="moe",
+        peer={},
+        dense={},
+        moe={"num_experts": 4, "router_loss_coef": 0.3},
+        gradient_accumulation_steps=2,
+        steps=3,
+    )
+    row = train_and_measure(run, load_texts(run.settings))
+    assert len(found) == 6
+    for i, (step, loss) in enumerate(row["training_loss"]):
+        assert step == i + 1
+        # Of a micro-batch's loss, both parts are shares of a step's.
+        whole = sum(loss for loss, _ in found[2 * i : 2 * i + 2])
+        router = sum(router for _, router in found[2 * i : 2 * i + 2]) / 2
+        assert router > 0.3
+        assert loss == pytest.approx(whole - router, rel=1e-5)

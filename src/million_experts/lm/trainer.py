@@ -55,7 +55,8 @@ class LanguageModelTrainer(Trainer):
     A checkpoint is written to a temporary folder, synced and renamed, so that a folder `checkpoint-N` is
     whole whenever the process dies; the one before it stays until then. One that cannot be written ends the
     training with what to do about it. A loss or a gradient that is not finite ends the training before it
-    reaches the weights. Sparse gradients are clipped with the others, and the rows that they left behind are
+    reaches the weights. The routers' balancing losses, which are part of the training loss, are logged beside
+    it. Sparse gradients are clipped with the others, and the rows that they left behind are
     brought up to date before weights are evaluated or saved. Ranks under `torchrun` exchange sparse
     gradients as rows.
 
@@ -74,6 +75,7 @@ class LanguageModelTrainer(Trainer):
         if self.args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end must be False: keep the checkpoints and load the best")
         self.resources = ResourceCallback()
+        self._router_losses: list[Tensor] = []
         self.add_callback(self.resources)
         kind, model = self.accelerator.distributed_type, self.model
         assert model is not None
@@ -95,8 +97,16 @@ class LanguageModelTrainer(Trainer):
         return self._writing_to or super()._get_output_dir(trial)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs beside a training loss how long a step took and how much memory the process has."""
-        super().log(logs | self.resources.figures() if "loss" in logs else logs, *args, **kwargs)
+        """Logs beside a training loss what part of it is the routers', the time of a step, and memory.
+
+        `router_loss` is there where a layer has one: the mean over the batches since the last log.
+        """
+        if "loss" in logs:
+            logs = logs | self.resources.figures()
+            if self._router_losses:
+                logs["router_loss"] = torch.stack(self._router_losses).mean().item()
+                self._router_losses = []
+        super().log(logs, *args, **kwargs)
 
     def flush(self) -> None:
         """Brings every row of every table up to date, where the optimiser is one that lets rows wait."""
@@ -145,6 +155,19 @@ class LanguageModelTrainer(Trainer):
             for _, old in list_checkpoints(run)[: -(self.args.save_total_limit or 10**9)]:
                 os.rename(old, partial / old.name)
             shutil.rmtree(partial)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        router_loss = getattr(outputs, "router_loss", None)
+        if router_loss is not None:
+            self._router_losses.append(router_loss.detach())
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(
         self,

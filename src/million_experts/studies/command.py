@@ -139,6 +139,182 @@ def isoflop(
     finish(ledger, Console())
 
 
+def ablation(
+    context: typer.Context,
+    axes: Annotated[
+        str | None,
+        typer.Option(
+            help="What to vary, with commas between: num_experts, active, heads, query_norm, share_keys, "
+            "score, glu, placement, table_rate, init_std, shared_width. By default all.",
+            show_default=False,
+        ),
+    ] = None,
+    pools: Annotated[
+        str, typer.Option(help="Numbers of experts of the axes num_experts and query_norm.")
+    ] = "16384,65536,262144,1048576",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of every run, so all read the same text.")] = 500,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Training FLOPs of every run in place of --steps.", show_default=False),
+    ] = None,
+    seeds: Seeds = 3,
+    usage_tokens: Annotated[
+        int, typer.Option(min=1, help="Validation tokens over which expert usage is taken.")
+    ] = 200_000,
+    num_experts: Annotated[int, typer.Option(help="Experts of the base.")] = 128**2,
+    peer: Annotated[list[str] | None, _arguments("the base's PEER layer")] = None,
+    dense: Annotated[list[str] | None, _arguments("the dense layers")] = None,
+    hidden_size: Annotated[int, typer.Option(help="Width of the model.")] = 256,
+    num_hidden_layers: Annotated[int, typer.Option(help="Blocks of the model.")] = 4,
+    num_attention_heads: Annotated[int, typer.Option(help="Heads of its attention.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate, but for tables.")] = 2e-3,
+    table_rate: Annotated[
+        float, typer.Option(help="Learning rate of the base's table, in units of the others'.")
+    ] = TABLE_RATE,
+    data: Data = DATA,
+    text_column: TextColumn = "text",
+    max_documents: MaxDocuments = None,
+    vocab_size: VocabSize = 4096,
+    context_tokens: ContextTokens = 256,
+    batch_size: BatchSize = 16,
+    gradient_accumulation_steps: Accumulation = 1,
+    precision: Precision = "auto",
+    output: Output = DEFAULT_OUTPUT,
+    cache_dir: CacheDir = DEFAULT_CACHE,
+    dry_run: DryRun = False,
+) -> None:
+    """Change one choice of the PEER layer at a time, at a fixed number of tokens: the paper's ablations.
+
+    The base is the paper's layer with fewer experts, in the middle block. A run that several axes ask for is
+    trained once. Beside losses, rows hold the usage of experts as in the paper's Table 2, and under query
+    BatchNorm what training mode gains from other tokens. Interrupt at will: the same command goes on.
+    """
+    from million_experts.studies.ablation import AXES, ablation_runs, usage_and_modes
+    from million_experts.studies.runs import execute, print_runs
+
+    base = TrainSettings(
+        data=list(data),
+        text_column=text_column,
+        max_documents=max_documents,
+        vocab_size=vocab_size,
+        context=context_tokens,
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        precision=precision,
+        cache_dir=cache_dir,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        steps=steps,
+        learning_rate=learning_rate,
+        table_learning_rate=table_rate * learning_rate,
+        peer={"num_experts": num_experts, **layer_arguments("peer", peer)},
+        dense=layer_arguments("dense", dense),
+    )
+    runs = ablation_runs(
+        base,
+        tuple(AXES) if axes is None else _names(axes),
+        range(seeds),
+        tuple(int(pool) for pool in _numbers("pools", pools)),
+        budget,
+    )
+    ledger = open_ledger(output, "ablation")
+    if dry_run:
+        print_runs(runs, ledger, Console())
+        return
+    execute(runs, ledger, Console(), usage_and_modes(usage_tokens), command_line(context))
+    finish(ledger, Console())
+
+
+def ostix360(
+    context: typer.Context,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="The original: 20,000 articles of the simple Wikipedia from the hub, vocabulary 32,000, "
+            "2,500 steps. Hours on a small machine.",
+        ),
+    ] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Other arguments of the PEER layers as name=value, or table_learning_rate=value: a variant "
+            "of both tests, beside them in the report, with as many parameters. Repeat for several.",
+            rich_help_panel="Layers",
+            show_default=False,
+        ),
+    ] = None,
+    tests: Annotated[
+        str, typer.Option(help="Of the three tests, with commas between.")
+    ] = "peer,peer_glu,moe",
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Steps of every run; by default 1,000, with --full 2,500.", show_default=False
+        ),
+    ] = None,
+    seeds: Seeds = 3,
+    timed_steps: Annotated[
+        int, typer.Option(min=3, help="Steps of each model that are timed after the training runs.")
+    ] = 36,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Corpus, as in `train`; repeat for several. By default {' and '.join(DATA)}.",
+            show_default=False,
+        ),
+    ] = None,
+    max_documents: MaxDocuments = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the tokenizer; by default 4,096, with --full 32,000.", show_default=False
+        ),
+    ] = None,
+    context_tokens: Annotated[
+        int | None,
+        typer.Option("--context", help="Tokens of a training sequence; by default 512.", show_default=False),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences of a step; by default 8.", show_default=False)
+    ] = None,
+    precision: Precision = "auto",
+    output: Output = DEFAULT_OUTPUT,
+    cache_dir: CacheDir = DEFAULT_CACHE,
+    dry_run: DryRun = False,
+) -> None:
+    """Repeat the predecessor's three tests: PEER, PEER with GLU and Mixtral's mixture at equal parameters.
+
+    Same shapes and schedule as there, by default with a smaller vocabulary, fewer tokens and text that needs
+    no network. Loss, time of a step and peak memory; steps are timed after the training, the models in turns.
+    """
+    from million_experts.studies.ostix360 import choose_tests, ostix360_runs, run_study
+    from million_experts.studies.runs import print_runs
+
+    scaled = {"data": DATA, "max_documents": None, "vocab_size": 4096, "steps": 1000}
+    given = {
+        "data": data,
+        "max_documents": max_documents,
+        "vocab_size": vocab_size,
+        "context": context_tokens,
+        "batch_size": batch_size,
+        "steps": steps,
+        "precision": precision,
+        "cache_dir": cache_dir,
+    }
+    changes = ({} if full else scaled) | {name: value for name, value in given.items() if value is not None}
+    arguments = layer_arguments("peer", peer)
+    selected = choose_tests(changes, arguments, _names(tests))
+    variant = ",".join(f"{name}={value}" for name, value in arguments.items())
+    ledger = open_ledger(output, "ostix360")
+    if dry_run:
+        print_runs(ostix360_runs(selected, range(seeds), variant), ledger, Console())
+        return
+    run_study(selected, range(seeds), ledger, Console(), variant, command_line(context), timed_steps)
+    finish(ledger, Console())
+
+
 def report(
     folder: Annotated[
         Path, typer.Argument(help="Folder of the ledgers; the reports go there.")
@@ -151,7 +327,12 @@ def report(
         Console().print(f"Report: {path}", markup=False, soft_wrap=True)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"isoflop": isoflop, "report": report}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "isoflop": isoflop,
+    "ablation": ablation,
+    "ostix360": ostix360,
+    "report": report,
+}
 
 
 def open_ledger(output: Path, study: str) -> "Ledger":

@@ -15,15 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from million_experts.benchmarks.machine import describe
 from million_experts.lm.settings import TABLE_RATE, TrainSettings
 from million_experts.lm.training import model_config
 from million_experts.models import count_parameters
+from million_experts.studies.causality import measure_modes
 from million_experts.studies.flops import training_flops_per_token
-from million_experts.studies.progress import Pace, format_duration
-from million_experts.studies.runs import Ledger, Row, Run, execute, training_steps
+from million_experts.studies.runs import Ledger, Row, Run, execute, print_runs, training_steps
 
 STUDY = "isoflop"
 SWEEP, SIZES, SEEDS = "learning rates", "sizes", "seeds"  # the phases
@@ -297,7 +295,7 @@ def run_study(options: Options, ledger: Ledger, console: Console, command: str =
     finished: set[str] = set()
     while (current := plan(options, ledger)[-1]).phase not in finished:
         console.print(f"{current.phase}: {len(current.runs)} runs", style="bold", highlight=False)
-        execute(current.runs, ledger, console, command=command, later_flops=current.later_flops)
+        execute(current.runs, ledger, console, measure_modes, command, current.later_flops)
         finished.add(current.phase)
 
 
@@ -305,28 +303,7 @@ def print_plan(options: Options, ledger: Ledger, console: Console) -> None:
     """Prints the runs that are known so far and not done, and what all will take."""
     plans = plan(options, ledger)
     pending = {run.name: run for phase in plans for run in ledger.missing(phase.runs)}
-    pace = Pace(ledger.rows(), describe())
-    table = Table(title=f"{STUDY}: runs known so far and not in {ledger.path}", title_justify="left")
-    for column in ("run", "model", "steps", "FLOPs", "expected"):
-        table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
-    for run in pending.values():
-        table.add_row(
-            run.name,
-            count_parameters(run.config).label,
-            f"{run.settings.steps:,}",
-            f"{run.flops:.3g}",
-            format_duration(pace.seconds(run)),
-        )
-    console.print(table)
-    later, later_flops = plans[-1].later, plans[-1].later_flops
-    seconds = sum(map(pace.seconds, pending.values())) + later_flops * pace.seconds_per_flop()
-    flops = sum(run.flops for run in pending.values()) + later_flops
-    console.print(
-        f"{len(pending)} runs, and {later} later ones that depend on them; {flops:.3g} FLOPs, "
-        f"about {seconds / 3600:.2f} hours ({pace.source})",
-        highlight=False,
-        soft_wrap=True,
-    )
+    print_runs(list(pending.values()), ledger, console, plans[-1].later, plans[-1].later_flops)
 
 
 def format_budget(budget: float) -> str:

@@ -14,7 +14,13 @@ from million_experts.lm.files import explained
 from million_experts.studies.isoflop import METHODS, SWEEP, format_budget, validation_loss
 from million_experts.studies.runs import Row
 from million_experts.studies.statistics import Interval, fit_parabola, interval, paired_difference
-from million_experts.studies.tables import format_interval, markdown_table, run_names
+from million_experts.studies.tables import (
+    MODES_NOTE,
+    format_interval,
+    markdown_table,
+    modes_table,
+    run_names,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -62,6 +68,13 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
                 for budget in study.budgets
             ),
         ]
+        modes = modes_table(
+            (f"{method}, {format_budget(budget)}", study.best(method, budget))
+            for budget in study.budgets
+            for method in study.methods
+        )
+        if modes:
+            parts += ["## What training sees of the future", MODES_NOTE, modes]
     return parts
 
 

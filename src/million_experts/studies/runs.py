@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from transformers import TrainerCallback
 
 from million_experts.benchmarks.machine import describe
@@ -32,7 +33,7 @@ from million_experts.lm.training import build_model, check_memory, fit, model_co
 from million_experts.models import PeerConfig, PeerForCausalLM, count_parameters
 from million_experts.models.feed_forwards import FEED_FORWARDS
 from million_experts.studies.flops import training_flops_per_token
-from million_experts.studies.progress import Pace, StudyProgress
+from million_experts.studies.progress import Pace, StudyProgress, format_duration
 from million_experts.studies.texts import Texts, load_texts, texts_key
 
 Row = dict[str, Any]
@@ -261,6 +262,39 @@ def execute(
             ) from None
 
 
+def print_runs(
+    runs: Sequence[Run], ledger: Ledger, console: Console, later: int | None = None, later_flops: float = 0.0
+) -> None:
+    """Prints those of the runs that the ledger does not have, and what all will take.
+
+    Args:
+        later: how many more will follow that are not known yet; None where all are.
+        later_flops: training FLOPs of those.
+    """
+    pending = ledger.missing(runs)
+    pace = Pace(ledger.rows(), describe())
+    table = Table(title=f"Runs known so far and not in {ledger.path}", title_justify="left")
+    for column in ("run", "model", "steps", "FLOPs", "expected"):
+        table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
+    for run in pending:
+        table.add_row(
+            run.name,
+            count_parameters(run.config).label,
+            f"{run.settings.steps:,}",
+            f"{run.flops:.3g}",
+            format_duration(pace.seconds(run)),
+        )
+    console.print(table)
+    seconds = sum(map(pace.seconds, pending)) + later_flops * pace.seconds_per_flop()
+    flops = sum(run.flops for run in pending) + later_flops
+    follow = f", and {later} later ones that depend on them" if later is not None else ""
+    console.print(
+        f"{len(pending)} runs{follow}; {flops:.3g} FLOPs, about {seconds / 3600:.2f} hours ({pace.source})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def train_and_measure(
     run: Run,
     texts: Texts,
@@ -296,7 +330,12 @@ def train_and_measure(
         if paces := [entry["seconds_per_step"] for entry in history if "seconds_per_step" in entry]:
             row["seconds_per_step"] = statistics.median(paces)
         row["peak_bytes"] = _peak_bytes()
-        row["training_loss"] = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
+        # Without the routers' balancing loss, which is no part of the language model's.
+        row["training_loss"] = [
+            [entry["step"], entry["loss"] - entry.get("router_loss", 0.0)]
+            for entry in history
+            if "loss" in entry
+        ]
         start = time.monotonic()
         row |= _measure(model, settings, texts)
         if measure is not None:

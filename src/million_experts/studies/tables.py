@@ -9,9 +9,19 @@ from typing import Any
 from million_experts.benchmarks.machine import one_line
 from million_experts.studies.progress import format_duration
 from million_experts.studies.runs import Row
-from million_experts.studies.statistics import Interval
+from million_experts.studies.statistics import Interval, interval
 
 LEFT, RIGHT = "---", "---:"
+MODES_NOTE = (
+    "The same validation text in batches as in training, read by a trained model whose layers choose experts "
+    "as in training (by the batch's statistics, or experts their tokens) and as in evaluation (by the "
+    "running statistics, or each token its experts). A negative difference is what the training mode gains. "
+    "Then, choosing as in training, the second half of every row gives way to other text: how much the "
+    "logits of the first half change (root mean square, largest), the KL divergence of their predictions, "
+    "and the loss of the first half before its own future minus that before another one. Were the future of "
+    "use, that would be negative. As in evaluation, nothing would change: under BatchNorm to the bit, as a "
+    "test makes sure."
+)
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
@@ -64,6 +74,8 @@ def runs_table(rows: Sequence[Row]) -> str:
     """Every run by its name, under which its row stands in the ledger."""
     lines = []
     for row in rows:
+        if "steps" not in row:  # no training run, but times of steps
+            continue
         validation = row.get("validation", {}).get("loss")
         lines.append(
             (
@@ -80,6 +92,55 @@ def runs_table(rows: Sequence[Row]) -> str:
         )
     header = ("run", "model", "steps", "tokens", "epochs", "FLOPs", "time", "peak memory", "validation, nats")
     return markdown_table(header, lines)
+
+
+def modes_table(groups: Iterable[tuple[str, Sequence[Row]]]) -> str:
+    """What `causality.evaluate_modes` measured of runs, a line for each name and its runs; see `MODES_NOTE`.
+
+    Runs whose layers have one mode are left out; "" where none is left.
+    """
+    lines = []
+    for name, rows in groups:
+        measured = [(row, row.get("measured", {})) for row in rows]
+        found = {
+            row["name"]: modes
+            for row, figures in measured
+            if (modes := figures.get("batch_norm") or figures.get("expert_choice"))
+        }
+        if not found:
+            continue
+        gap = interval([modes["loss_train_mode"] - modes["loss_eval_mode"] for modes in found.values()])
+        future = [modes["future"] for modes in found.values() if "future" in modes]
+        effect = ("—",) * 4
+        if future:
+            known = interval([f["loss_own_future"] - f["loss_other_future"] for f in future])
+            effect = (
+                f"{_mean(f['logit_change'] for f in future):.2g}",
+                f"{max(f['largest_logit_change'] for f in future):.2g}",
+                f"{_mean(f['divergence'] for f in future):.2g}",
+                format_interval(known, 5, signed=True),
+            )
+        lines.append(
+            (
+                name,
+                f"{_mean(modes['loss_train_mode'] for modes in found.values()):.4f}",
+                f"{_mean(modes['loss_eval_mode'] for modes in found.values()):.4f}",
+                format_interval(gap, 4, signed=True),
+                *effect,
+                f"{next(iter(found.values()))['tokens']:,}",
+                run_names(row for row in rows if row["name"] in found),
+            )
+        )
+    header = (
+        "", "as in training, nats", "as in evaluation", "difference", "logits' change", "largest",
+        "divergence, nats", "own − other future", "tokens", "runs",
+    )  # fmt: skip
+    return markdown_table(header, lines) if lines else ""
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
 
 
 def commands(rows: Iterable[Row]) -> str:

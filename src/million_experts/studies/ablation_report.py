@@ -1,0 +1,266 @@
+"""The report of the ablations: a table for each axis, the paper's Table 2, and what training mode sees."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from million_experts.layers.retrieval import QUERY_NORMS
+from million_experts.lm.files import explained
+from million_experts.studies.ablation import AXES, Setup
+from million_experts.studies.runs import Row
+from million_experts.studies.statistics import Interval, paired_difference
+from million_experts.studies.tables import (
+    MODES_NOTE,
+    format_interval,
+    markdown_table,
+    modes_table,
+    run_names,
+)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LOSS_FIGURE, USAGE_FIGURE = "ablation-loss.png", "ablation-usage.png"
+# Query norm -> colour and marker.
+STYLES = {"batch": ("#2a6fb0", "o"), "layer": ("#3a9a5b", "D"), "none": ("#d9772b", "^")}
+# Table 2 of arXiv 2407.04153: N -> perplexity, usage in per cent, unevenness; without and with BatchNorm.
+PAPER = {
+    128**2: ((23.47, 23.47), (100, 100), (0.45, 0.30)),
+    256**2: ((22.61, 22.55), (100, 100), (0.63, 0.44)),
+    512**2: ((21.54, 21.47), (100, 100), (0.97, 0.66)),
+    1024**2: ((20.73, 20.64), (99.8, 100), (1.52, 1.06)),
+}
+
+
+def sections(rows: Sequence[Row], folder: Path) -> list[str]:
+    """The parts of the report; its figures go to `folder`."""
+    study = _Study(rows)
+    base = ", ".join(f"{name}={value}" for name, value in rows[-1]["labels"]["base"].items())
+    parts = [
+        f"One choice of the layer at a time; the base, of which the others are changes: {base}. "
+        f"{_training(rows[-1])} Validation loss and its difference, to the base unless said otherwise, are "
+        "means over seeds, the difference paired by seed with half of its 95 % interval (Student's t): "
+        "*lower* and *higher* exclude 0, a *tie* does not, and one seed says nothing. Perplexity is that of "
+        f"the mean. Usage and unevenness (KL from uniform, nats) are over {_usage_tokens(rows)} validation "
+        "tokens, each read once, the mean of the layers where there are several."
+    ]
+    if diverged := [row for row in rows if "validation" not in row]:
+        parts.append(f"Without a loss, and so in no table, are {run_names(diverged)}, which diverged.")
+    for axis in AXES.values():
+        setups = study.present(axis.setups(study.base, study.pools))
+        if any(setup != study.base for setup in setups):
+            setups = setups if study.base in setups else study.present([study.base, *setups])
+            lines = [_line(study, setup, axis.reference(setup, study.base)) for setup in setups]
+            parts += [f"## {axis.question}", axis.note, markdown_table(_HEADER, lines)]
+            if axis is AXES["num_experts"]:
+                parts.append(_each_step(study, sorted(setups, key=lambda setup: setup.num_experts)))
+    parts += _table_2(study)
+    parts += _modes(study)
+    return [*parts, *_figures(study, folder)]
+
+
+class _Study:
+    """Finished runs by setup and seed."""
+
+    def __init__(self, rows: Sequence[Row]):
+        self.base = Setup(**rows[-1]["labels"]["base"])
+        self.runs: dict[Setup, dict[int, Row]] = {}
+        for row in rows:
+            if "validation" in row:
+                self.runs.setdefault(Setup(**row["labels"]["setup"]), {})[row["seed"]] = row
+        self.pools = sorted({setup.num_experts for setup in self.runs})
+
+    def present(self, setups: Iterable[Setup]) -> list[Setup]:
+        return [setup for setup in dict.fromkeys(setups) if setup in self.runs]
+
+    def rows(self, setup: Setup) -> list[Row]:
+        return [row for _, row in sorted(self.runs.get(setup, {}).items())]
+
+    def losses(self, setup: Setup) -> dict[int, float]:
+        return {seed: row["validation"]["loss"] for seed, row in self.runs.get(setup, {}).items()}
+
+    def loss(self, setup: Setup) -> float:
+        return _mean(self.losses(setup).values())
+
+    def difference(self, setup: Setup, reference: Setup) -> Interval | None:
+        return paired_difference(self.losses(setup), self.losses(reference))
+
+    def usage(self, setup: Setup, name: str) -> float:
+        """A figure of expert usage, the mean over seeds and layers."""
+        return _mean(layer[name] for row in self.rows(setup) for layer in row["measured"]["usage"].values())
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _training(row: Row) -> str:
+    settings = row["settings"]
+    return (
+        f"{settings['num_hidden_layers']} blocks of width {settings['hidden_size']}, {row['steps']:,} steps, "
+        f"{row['tokens'] / 1e6:.2f}M tokens."
+    )
+
+
+def _usage_tokens(rows: Sequence[Row]) -> str:
+    counts = {layer["tokens"] for row in rows for layer in row.get("measured", {}).get("usage", {}).values()}
+    return " or ".join(f"{count:,}" for count in sorted(counts)) or "no"
+
+
+_HEADER = (
+    "change", "validation, nats", "perplexity", "difference", "", "usage", "unevenness", "FLOPs a token",
+    "seconds a step", "runs",
+)  # fmt: skip
+
+
+def _line(study: _Study, setup: Setup, reference: Setup) -> tuple[str, ...]:
+    rows, loss = study.rows(setup), study.loss(setup)
+    found = study.difference(setup, reference) if setup != reference else None
+    return (
+        setup.changes(study.base),
+        f"{loss:.4f}",
+        f"{math.exp(loss):.2f}",
+        "—" if found is None else format_interval(found, 4, signed=True),
+        "" if found is None else found.verdict,
+        f"{study.usage(setup, 'usage'):.1%}",
+        f"{study.usage(setup, 'unevenness'):.2f}",
+        f"{rows[0]['flops']['per_token'] / 1e6:.2f}M",
+        f"{_mean(row['seconds_per_step'] for row in rows):.3f}",
+        run_names(rows),
+    )
+
+
+def _each_step(study: _Study, setups: Sequence[Setup]) -> str:
+    """Whether every larger pool has the lower loss."""
+    lines = []
+    for smaller, larger in itertools.pairwise(setups):
+        found = study.difference(larger, smaller)
+        if found is not None:
+            step = f"{smaller.num_experts:,} to {larger.num_experts:,}"
+            lines.append((step, format_interval(found, 4, signed=True), f"{found.n}", found.verdict))
+    return markdown_table(("from one pool to the next", "difference, nats", "seeds", ""), lines)
+
+
+def _table_2(study: _Study) -> list[str]:
+    """The paper's Table 2, of ours and its own figures."""
+    lines, holds, asked = [], [], 0
+    for pool in study.pools:
+        setups = {
+            norm: replace(study.base, num_experts=pool, query_norm=norm)
+            for norm in ("none", "batch", "layer")
+        }
+        own = {norm: setup for norm, setup in setups.items() if setup in study.runs}
+        if not {"none", "batch"} <= own.keys():
+            continue
+        paper = PAPER.get(pool)
+        cells = []
+        for i, (format_, figure) in enumerate(
+            (
+                ("{:.2f}", lambda setup: math.exp(study.loss(setup))),
+                ("{:.1f}", lambda setup: 100 * study.usage(setup, "usage")),
+                ("{:.2f}", lambda setup: study.usage(setup, "unevenness")),
+            )
+        ):
+            cells.append(" / ".join(format_.format(figure(own[n])) if n in own else "—" for n in setups))
+            cells.append("—" if paper is None else " / ".join(f"{value:g}" for value in paper[i]))
+        lines.append(
+            (f"{pool:,}", *cells, run_names(row for setup in own.values() for row in study.rows(setup)))
+        )
+        asked += 1
+        holds += [pool] * (
+            study.usage(own["batch"], "usage") > study.usage(own["none"], "usage")
+            and study.usage(own["batch"], "unevenness") < study.usage(own["none"], "unevenness")
+        )
+    if not lines:
+        return []
+    header = (
+        "N", "perplexity", "paper's", "usage, %", "paper's", "unevenness", "paper's", "runs",
+    )  # fmt: skip
+    return [
+        "## Query norm: the paper's Table 2",
+        "Each cell: without a norm / with BatchNorm / with LayerNorm; the paper's: without / with "
+        "BatchNorm. Its models are larger by far, its text is C4: compare the differences, not the levels.",
+        markdown_table(header, lines),
+        f"BatchNorm gives both higher usage and lower unevenness than no norm at {len(holds)} of {asked} "
+        "sizes" + (f" ({', '.join(f'{pool:,}' for pool in holds)})." if 0 < len(holds) < asked else "."),
+    ]
+
+
+def _modes(study: _Study) -> list[str]:
+    """Training and evaluation mode under query BatchNorm, on the same text."""
+    table = modes_table((setup.changes(study.base), study.rows(setup)) for setup in study.runs)
+    return ["## Query BatchNorm: does it see the future?", MODES_NOTE, table] if table else []
+
+
+def _figures(study: _Study, folder: Path) -> list[str]:
+    """Loss against the pool and against the experts at work, and usage against the pool."""
+    norms = {
+        norm: study.present(replace(study.base, num_experts=pool, query_norm=norm) for pool in study.pools)
+        for norm in QUERY_NORMS
+    }
+    norms = {norm: setups for norm, setups in norms.items() if len(setups) > 1}
+    active = sorted(
+        study.present([study.base, *AXES["active"].setups(study.base, study.pools)]),
+        key=lambda setup: setup.active,
+    )
+    parts = []
+    if norms or len(active) > 1:
+        figure, (left, right) = _panels()
+        for norm, setups in norms.items():
+            _curve(left, study, setups, lambda setup: setup.num_experts, norm)
+        _curve(right, study, active, lambda setup: setup.active, study.base.query_norm)
+        left.set(xscale="log", xlabel="experts in the pool", ylabel="validation loss, nats per token")
+        right.set(xscale="log", xlabel=f"experts at work, {study.base.num_experts:,} in the pool")
+        right.set_xticks([setup.active for setup in active], [str(setup.active) for setup in active])
+        right.minorticks_off()
+        if len(norms) > 1:
+            left.legend(title="query norm", frameon=False)
+        _save(figure, folder / LOSS_FIGURE)
+        parts.append(
+            f"![Validation loss against experts]({LOSS_FIGURE})\n\nPoints are runs, lines the means over "
+            "seeds."
+        )
+    if norms:
+        figure, (left, right) = _panels()
+        for norm, setups in norms.items():
+            for axes, name in ((left, "usage"), (right, "unevenness")):
+                color, marker = STYLES[norm]
+                values = [study.usage(setup, name) for setup in setups]
+                axes.plot([s.num_experts for s in setups], values, marker=marker, color=color, label=norm)
+                axes.set(xscale="log", xlabel="experts in the pool")
+        left.set(ylabel="share of the experts used", ylim=(0, 1.03))
+        right.set(ylabel="unevenness, nats")
+        right.set_ylim(bottom=0)
+        right.legend(title="query norm", frameon=False)
+        _save(figure, folder / USAGE_FIGURE)
+        parts.append(f"![Expert usage and unevenness against the pool]({USAGE_FIGURE})")
+    return ["## Figures", *parts] if parts else []
+
+
+def _panels() -> Any:
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.0), layout="constrained")
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _curve(axes: Any, study: _Study, setups: Sequence[Setup], size: Any, norm: str) -> None:
+    color, marker = STYLES[norm]
+    for setup in setups:
+        losses = list(study.losses(setup).values())
+        axes.plot([size(setup)] * len(losses), losses, marker, color=color, ms=4, mfc="none", alpha=0.6)
+    axes.plot([size(s) for s in setups], [study.loss(s) for s in setups], color=color, label=norm)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with explained(path.name, path.parent):
+        figure.savefig(path, dpi=140)
+    plt.close(figure)

@@ -1,0 +1,182 @@
+"""The report of the predecessor's tests: one table with its figures beside ours, and paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from million_experts.studies.ostix360 import (
+    BASELINE,
+    PUBLISHED,
+    PUBLISHED_MEMORY,
+    PUBLISHED_TIME,
+)
+from million_experts.studies.runs import Row
+from million_experts.studies.statistics import Interval, interval, paired_difference
+from million_experts.studies.tables import format_interval, markdown_table, run_names
+
+LAST = 10  # the "last-step loss" is the mean over the last of so many parts of the steps
+
+
+def sections(rows: Sequence[Row], folder: Path) -> list[str]:
+    """The parts of the report; it has no figures of its own."""
+    tests: dict[str, list[Row]] = {}
+    speeds: dict[str, Row] = {}
+    for row in rows:
+        if "speed" in row:
+            speeds[row["labels"]["name"]] = row
+        elif "validation" in row:
+            tests.setdefault(row["labels"]["name"], []).append(row)
+    names = sorted(tests, key=lambda name: (list(PUBLISHED).index(tests[name][0]["labels"]["test"]), name))
+    if not names:
+        return ["No run has been finished."]
+    first = tests[names[0]][0]
+    settings = first["settings"]
+    parts = [
+        f"{settings['num_hidden_layers']} blocks of width {settings['hidden_size']}, all feed-forwards of "
+        f"the same kind, vocabulary {settings['vocab_size']:,}, {first['steps']:,} steps of "
+        f"{settings['batch_size']} x {settings['context']} tokens, learning rate "
+        f"{settings['learning_rate']:g} with a {settings['lr_scheduler_type']} schedule, warm-up "
+        f"{settings['warmup_steps']:g} (below 1 a share of the steps). The predecessor had vocabulary "
+        "32,000 and 2,500 steps, so only differences between its tests can be compared with ours. Losses "
+        "are means over seeds with half of the 95 % interval, nats per token; the training losses are of "
+        "the language model alone, without the router's balancing loss.",
+        "## Loss",
+        _losses(names, tests),
+        "## Differences from the baseline",
+        "Paired by seed and order of data, negative is better than the baseline: mean and 95 % interval "
+        "over n seeds. *Lower* and *higher* exclude 0, a *tie* does not, and one seed says nothing.",
+        _differences(names, tests),
+    ]
+    timed = [name for name in names if name in speeds]
+    if timed:
+        parts += ["## Time and memory", _speed_note(speeds[timed[0]]), _speed(timed, speeds)]
+    return parts
+
+
+def _losses(names: Iterable[str], tests: dict[str, list[Row]]) -> str:
+    lines = []
+    for name in names:
+        rows = tests[name]
+        published = PUBLISHED[rows[0]["labels"]["test"]]
+        variant = rows[0]["labels"]["variant"]
+        lines.append(
+            (
+                f"{published.title}; {variant}" if variant else published.title,
+                _layer(rows[0]),
+                f"{rows[0]['parameters']['total'] / 1e6:.2f}M",
+                f"{published.parameters}M" if not variant else "",
+                *(
+                    cell
+                    for part, theirs in (
+                        (_last, published.last_loss),
+                        (_training, published.training_loss),
+                    )
+                    for cell in (_mean(rows, part), f"{theirs}" if not variant else "")
+                ),
+                _mean(rows, _validation),
+                *(_mean(rows, _test(text)) for text in _texts(tests)),
+                run_names(rows),
+            )
+        )
+    header = (
+        "test", "layer", "parameters", "there", f"training, last 1/{LAST}", "there, last step",
+        "training, mean", "there", "validation", *_texts(tests), "runs",
+    )  # fmt: skip
+    return markdown_table(header, lines, left=2)
+
+
+def _layer(row: Row) -> str:
+    if row["labels"]["test"] == BASELINE:
+        moe = row["settings"]["moe"]
+        return f"{moe['experts_per_token']} of {moe['num_experts']} experts of width {moe['width']}"
+    peer = row["settings"]["peer"]
+    return f"{peer['num_heads']} x {peer['experts_per_head']} of {peer['num_experts']}"
+
+
+def _differences(names: Iterable[str], tests: dict[str, list[Row]]) -> str:
+    lines = []
+    for name in names:
+        if name == BASELINE or BASELINE not in tests:
+            continue
+        cells = []
+        for part in (_last, _training, _validation, *map(_test, _texts(tests))):
+            ours, theirs = ({row["seed"]: part(row) for row in tests[n]} for n in (name, BASELINE))
+            found = paired_difference(ours, theirs)
+            cells.append("—" if found is None else _difference(found))
+        lines.append((f"{name} − {BASELINE}", *cells))
+    header = ("", f"training, last 1/{LAST}", "training, mean", "validation", *_texts(tests))
+    return markdown_table(header, lines)
+
+
+def _speed_note(row: Row) -> str:
+    times = row["speed"]["seconds"]
+    return (
+        "A training step: forward, backward, clipping and the optimiser, on new models and real text. Times "
+        f"were taken in one process, the models in turns, {times['repetitions']} steps of each after the "
+        f"training runs, while others kept {row['other_cores']:.2f} cores busy; medians and quartiles, and "
+        "the median over rounds of the ratio to the baseline's step of the same round. Memory is that of the "
+        "weights and of the peak above them, optimiser state and gradients included, each model in a process "
+        "of its own; the process itself (Python, PyTorch) is left out. The predecessor says of its layer "
+        f"that it takes at least {PUBLISHED_TIME} times the time and {PUBLISHED_MEMORY} times the memory of "
+        "the baseline."
+    )
+
+
+def _speed(names: Iterable[str], speeds: dict[str, Row]) -> str:
+    lines = []
+    for name in names:
+        speed = speeds[name]["speed"]
+        times = speed["seconds"]
+        peak, baseline = speed.get("peak_bytes"), name == BASELINE
+        lines.append(
+            (
+                name,
+                f"{1e3 * times['median']:.0f} ms ({1e3 * times['q1']:.0f} to {1e3 * times['q3']:.0f})",
+                f"{speed['time_ratio']:.2f}",
+                "1" if baseline else f"at least {PUBLISHED_TIME}",
+                "—" if peak is None else f"{peak / 1e6:.0f} MB",
+                "—" if peak is None else f"{speed['memory_ratio']:.2f}",
+                "1" if baseline else f"at least {PUBLISHED_MEMORY}",
+                run_names([speeds[name]]),
+            )
+        )
+    header = (
+        "test", "time of a step", "over the baseline", "there", "peak memory", "over the baseline", "there",
+        "row",
+    )  # fmt: skip
+    return markdown_table(header, lines)
+
+
+def _texts(tests: dict[str, list[Row]]) -> list[str]:
+    return list(dict.fromkeys(text for rows in tests.values() for row in rows for text in row["tests"]))
+
+
+def _last(row: Row) -> float:
+    """Mean training loss over the last tenth of the steps."""
+    entries = [loss for step, loss in row["training_loss"] if step > row["steps"] * (1 - 1 / LAST)]
+    return sum(entries) / len(entries)
+
+
+def _training(row: Row) -> float:
+    """Mean training loss over all steps that were logged."""
+    entries = [loss for _, loss in row["training_loss"]]
+    return sum(entries) / len(entries)
+
+
+def _validation(row: Row) -> float:
+    return row["validation"]["loss"]
+
+
+def _test(text: str):
+    return lambda row: row["tests"][text]["loss"]
+
+
+def _mean(rows: Iterable[Row], part) -> str:
+    return format_interval(interval([part(row) for row in rows]))
+
+
+def _difference(value: Interval) -> str:
+    if value.n < 2:
+        return f"{value.mean:+.4f}, n=1"
+    return f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}], n={value.n}, {value.verdict}"
