@@ -332,6 +332,7 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path):
     assert len(rows) == 2 * (6 + 2)
     for row in rows:
         assert math.isfinite(row["validation"]["loss"])
+        assert "tests" not in row, "nothing is chosen by the test texts"
         ((figures),) = row["measured"]["usage"].values()
         assert figures["tokens"] == 224  # 200, in rows of 32
         batch = row["settings"]["peer"]["query_norm"] == "batch"

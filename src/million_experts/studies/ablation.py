@@ -215,7 +215,7 @@ def ablation_runs(
             "setup": dataclasses.asdict(setup),
             "base": dataclasses.asdict(own),
         }
-        runs.append(Run(STUDY, f"{labels['variant']}-seed{seed}", settings, labels))
+        runs.append(Run(STUDY, f"{labels['variant']}-seed{seed}", settings, labels, tests=False))
     return runs
 
 

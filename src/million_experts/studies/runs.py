@@ -52,12 +52,15 @@ class Run:
         name: unique within the study.
         settings: what is trained. The texts are split by `texts.SPLIT_SEED`, whatever `seed` they have.
         labels: by which tables and figures group rows.
+        tests: whether the trained model is scored on the test texts, beside the validation text. Studies
+            that only choose leave them alone.
     """
 
     study: str
     name: str
     settings: TrainSettings
     labels: dict[str, Any] = field(default_factory=dict)
+    tests: bool = True
 
     @cached_property
     def config(self) -> PeerConfig:
@@ -337,7 +340,7 @@ def train_and_measure(
             if "loss" in entry
         ]
         start = time.monotonic()
-        row |= _measure(model, settings, texts)
+        row |= _measure(model, run, texts)
         if measure is not None:
             row["measured"] = dict(measure(run, model, texts))
         row["measuring_seconds"] = round(time.monotonic() - start, 2)
@@ -348,24 +351,23 @@ def train_and_measure(
     return row
 
 
-def _measure(model: PeerForCausalLM, settings: TrainSettings, texts: Texts) -> Row:
+def _measure(model: PeerForCausalLM, run: Run, texts: Texts) -> Row:
     """Losses on whole documents, and how the experts were used on the validation text."""
+    context = run.settings.context
     with ExitStack() as stack:
         usages = {
             name: stack.enter_context(ExpertUsage(layer)) for name, layer in retrieval_layers(model).items()
         }
-        validation = score_documents(model, texts.validation, context=settings.context)
-    tests = {
-        name: score_documents(model, stream, context=settings.context) for name, stream in texts.tests.items()
+        row: Row = {"validation": score_figures(score_documents(model, texts.validation, context=context))}
+    row["expert_usage"] = {
+        name: dataclasses.asdict(usage.figures()) | {"tokens": usage.tokens} for name, usage in usages.items()
     }
-    return {
-        "validation": score_figures(validation),
-        "tests": {name: score_figures(score) for name, score in tests.items()},
-        "expert_usage": {
-            name: dataclasses.asdict(usage.figures()) | {"tokens": usage.tokens}
-            for name, usage in usages.items()
-        },
-    }
+    if run.tests:
+        row["tests"] = {
+            name: score_figures(score_documents(model, stream, context=context))
+            for name, stream in texts.tests.items()
+        }
+    return row
 
 
 def score_figures(score: Score) -> dict[str, float]:
