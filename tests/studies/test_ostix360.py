@@ -287,3 +287,11 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path, narrow, monkeyp
     rows = [json.loads(line) for line in (out / "ostix360.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows[9:]] == ["peer(init_std=0.2)-seed0", "peer(init_std=0.2)-speed"]
     assert "peer(init_std=0.2) − moe" in (out / "ostix360.md").read_text()
+
+    full = invoke(cli.app, [*command, "--full", "--dry-run"])
+    assert full.exit_code == 0, full.output  # the other ledger's runs have other settings
+    (out / "ostix360.jsonl").rename(out / "ostix360-full.jsonl")
+    (out / "ostix360.md").unlink()
+    reported = invoke(cli.app, ["study", "report", str(out)])
+    assert reported.exit_code == 0, reported.output
+    assert "`peer-speed`" in (out / "ostix360-full.md").read_text()

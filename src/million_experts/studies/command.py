@@ -307,7 +307,7 @@ def ostix360(
     arguments = layer_arguments("peer", peer)
     selected = choose_tests(changes, arguments, _names(tests))
     variant = ",".join(f"{name}={value}" for name, value in arguments.items())
-    ledger = open_ledger(output, "ostix360")
+    ledger = open_ledger(output, "ostix360-full" if full else "ostix360")  # other text, other losses
     if dry_run:
         print_runs(ostix360_runs(selected, range(seeds), variant), ledger, Console())
         return

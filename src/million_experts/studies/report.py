@@ -19,7 +19,10 @@ STUDIES: dict[str, tuple[str, Sections]] = {
 
 
 def ledger_path(folder: Path, study: str) -> Path:
-    """Where a study's ledger is in a folder; its report lies beside it."""
+    """Where a study's ledger is in a folder; its report lies beside it.
+
+    A name such as "ostix360-full" keeps runs of a study apart that cannot be compared with its others.
+    """
     return folder / f"{study}.jsonl"
 
 
@@ -63,7 +66,7 @@ def write_reports(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is none.
     """
-    found = [path for study in STUDIES if (path := ledger_path(folder, study)).exists()]
+    found = [path for path in sorted(folder.glob("*.jsonl")) if path.stem.split("-")[0] in STUDIES]
     if not found:
         names = ", ".join(f"{study}.jsonl" for study in STUDIES)
         raise FileNotFoundError(f"no ledger of a study in {folder}: it would be one of {names}")
