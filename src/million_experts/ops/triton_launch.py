@@ -1,0 +1,24 @@
+"""What launching a Triton kernel takes, for all of them."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+#: No GPU: kernels run on the CPU, in Triton's interpreter. Chosen by TRITON_INTERPRET=1 before they are defined.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+def tuned(configs: list[triton.Config], key: list[str]) -> Callable[[Any], Any]:
+    """Tries the configurations out when a kernel first meets such shapes; the interpreter takes the first."""
+    return triton.autotune(configs[:1] if INTERPRETED else configs, key)
+
+
+@contextlib.contextmanager
+def device_of(tensor: Tensor) -> Iterator[None]:
+    """Kernels are launched on the device of their tensors, which need not be the current one."""
+    with torch.cuda.device_of(tensor):
+        yield
