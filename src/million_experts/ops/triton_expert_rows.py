@@ -16,9 +16,9 @@ from million_experts.ops.triton_launch import tuned
 # summed in parts of this length by many programs, and the parts are added in their order.
 PART = 256
 
-# One warp multiplies a token with a row, 256 columns at a time, so its sum has one order for any BLOCK_K: 4 or 8
-# rows under way are 4 or 8 KiB a warp in float32. With GLU 8 rows have 128 sums a lane.
-DOTS_CONFIGS = [triton.Config({"BLOCK_K": rows}, num_warps=1) for rows in (4, 8)]
+# One warp multiplies a token with a row, 256 columns at a time, so its sum has one order however many rows are
+# under way: 4 or 8 KiB a warp in float32. 16 rows would spill.
+DOTS_CONFIGS = [triton.Config({"ROWS": rows}, num_warps=1) for rows in (4, 8)]
 
 # A column's sum runs over the picks in their order, whatever these are: UNROLL rows are under way at a time.
 MIX_CONFIGS = [
@@ -48,9 +48,10 @@ def dots_kernel(
     second_offset,
     TWO: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """One program multiplies a token with a row, or two, of BLOCK_K of its experts."""
+    """One program multiplies a token with ROWS rows, one or two of an expert."""
+    BLOCK_K: tl.constexpr = ROWS // 2 if TWO else ROWS
     blocks = tl.cdiv(K, BLOCK_K)
     t = (tl.program_id(0) // blocks).to(tl.int64)
     k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -244,7 +245,7 @@ class ByToken:
         (T, K), D = self.indices.shape, source.shape[1]
         out = source.new_empty(len(slots), T, K, dtype=torch.float32)
         offsets = [slot * experts.stride(1) for slot in slots]
-        dots_kernel[lambda config: (T * triton.cdiv(K, config["BLOCK_K"]),)](
+        dots_kernel[lambda config: (T * triton.cdiv(K, config["ROWS"] // len(slots)),)](
             source, experts, self.indices, out, T * K, K, D, experts.stride(0), offsets[0], offsets[-1],
             TWO=len(slots) == 2, BLOCK_D=dots_columns(D),
         )  # fmt: skip

@@ -1,301 +1,256 @@
-"""The experts by Triton kernels, a tile of tokens against a block of experts, on tensor cores.
+"""The experts by Triton kernels, tiles of tokens against blocks of experts on tensor cores.
 
-Shapes as in `reference`. A tile multiplies all its tokens with all rows of a block and keeps what was picked, or
-lays the weights of what was picked into a tile that is otherwise zero. The picks of a token are sorted by expert
-beforehand, so that those in a block stand together. Sizes of tiles fix the order of every sum; configurations
-that are tried out do not change them.
+Shapes as in `reference`. Where a tile's tokens share experts enough, all tokens meet all experts: three matrix
+products, of which what was picked is kept. Between them and the pairs stands a matrix [tokens, N], for so many
+tokens at a time that it fits in SCRATCH_BYTES. Sizes of tiles fix the order of every sum; configurations that are
+tried out do not change them.
 
-What is not finite stays with the tokens that picked it: a product with a zero would spread it over the tile. So
-rows that hold such a value enter as zeros, and the weights that pick them become NaN.
+What is not finite stays with the tokens and experts that it belongs to, though a product with zero would spread
+it over a tile: where a row that enters a sum holds such a value, it enters as zeros, and weights that are not
+zero become NaN.
 """
+
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from million_experts.ops.reference import SCRATCH_BYTES
 from million_experts.ops.triton_launch import INTERPRETED, tuned
 
+# Tokens, experts or columns of a tile, and how many products are summed at a time.
 TILE_TOKENS = 64
-BLOCK_EXPERTS = 32
-BLOCK_D = 64
+TILE_EXPERTS = 64
+TILE_COLUMNS = 64
+DEPTH = 32
 
 # Programs that keep a large GPU busy: the table's gradient of a small pool is summed in parts up to that many.
 ENOUGH_PROGRAMS = 512
 
-# With two stages the tiles stay below the 64 KiB of shared memory that the smallest target has.
+# Tiles of float32 have 16 KiB a stage at most: three stay below the 64 KiB of the smallest target.
 TILE_CONFIGS = [
-    triton.Config({}, num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (2, 1)
+    triton.Config({}, num_warps=warps, num_stages=stages)
+    for warps, stages in ((4, 3), (4, 2), (8, 3), (8, 2))
 ]
 
-
-@triton.jit
-def _tokens_of(tile, T, bounds, block, blocks, TILE: tl.constexpr):
-    """A tile's tokens, whether they exist, and where their picks of a block begin and end."""
-    t = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
-    real = t < T
-    at = bounds + t * (blocks + 1) + block
-    return t, real, tl.load(at, mask=real, other=0), tl.load(at + 1, mask=real, other=0)
+# Picks of a token that are compared with one another at a time.
+SPREAD = 32
 
 
 @triton.jit
-def _finite(rows):
-    """The rows with zeros for those that hold NaN or infinity, and which those are."""
+def _finite(rows, weights):
+    """Rows [n, D] that enter a sum with weights [T, n]; see the head of the file."""
     broken = tl.max((rows - rows != 0).to(tl.int32), 1) > 0
-    return tl.where(broken[:, None], 0.0, rows), broken
+    weights = tl.where(broken[None, :] & (weights != 0), float("nan"), weights)
+    return tl.where(broken[:, None], 0.0, rows), weights
 
 
-@triton.jit
-def _products(x, rows, total, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """total + x rows^T. Products of narrow numbers are exact in float32."""
-    if WIDE:
-        x, rows = x.to(tl.float32), rows.to(tl.float32)
-    return tl.dot(x, tl.trans(rows), total, input_precision=PRECISION)
-
-
-@tuned(TILE_CONFIGS, key=["D", "TWO"])
+@tuned(TILE_CONFIGS, key=["D"])
 @triton.jit
 def tile_dots_kernel(
     source,  # [T, D]
     table,  # [N, R, D], `stride` from one expert to the next
-    ordered,  # [T, K]: a token's experts, ascending
-    picks,  # [T, K]: which pick each of them is
-    bounds,  # [T, blocks + 1]: where each block's picks begin
-    out,  # [1 or 2, T, K]
-    pairs,
+    dense,  # [T, N]
     T,
-    K,
     N,
     D,
-    blocks,
     stride,
     offset,  # from an expert to its row
-    second_offset,
-    TWO: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_N: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
-    """One program multiplies a tile of tokens with a row, or two, of a block of experts."""
-    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    t, real, first, last = _tokens_of(tile, T, bounds, block, blocks, TILE)
-    most = tl.max(last - first, 0)
-    if most > 0:
-        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        rows = table + n.to(tl.int64) * stride
-        scores = tl.zeros((TILE, BLOCK_N), tl.float32)
-        second = tl.zeros((TILE, BLOCK_N), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            inside = (d < D)[None, :]
-            x = tl.load(source + t[:, None] * D + d[None, :], mask=real[:, None] & inside, other=0.0)
-            pieces = rows[:, None] + d[None, :]
-            mask = (n < N)[:, None] & inside
-            scores = _products(x, tl.load(pieces + offset, mask=mask, other=0.0), scores, WIDE, PRECISION)
-            if TWO:
-                other = tl.load(pieces + second_offset, mask=mask, other=0.0)
-                second = _products(x, other, second, WIDE, PRECISION)
-        for j in range(0, most):
-            live = first + j < last
-            at = t * K + first + j
-            chosen = n[None, :] == tl.load(ordered + at, mask=live, other=-1)[:, None]
-            place = out + t * K + tl.load(picks + at, mask=live, other=0)
-            tl.store(place, tl.sum(tl.where(chosen, scores, 0.0), 1), mask=live)
-            if TWO:
-                tl.store(place + pairs, tl.sum(tl.where(chosen, second, 0.0), 1), mask=live)
+    """One program multiplies a tile of tokens with a row of each expert of a block."""
+    blocks = tl.cdiv(N, TILE_N)
+    t = (tl.program_id(0) // blocks * TILE_T + tl.arange(0, TILE_T)).to(tl.int64)
+    n = (tl.program_id(0) % blocks * TILE_N + tl.arange(0, TILE_N)).to(tl.int64)
+    total = tl.zeros((TILE_T, TILE_N), tl.float32)
+    for start in range(0, D, DEPTH):
+        d = start + tl.arange(0, DEPTH)
+        x = tl.load(source + t[:, None] * D + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+        rows = table + offset + n[:, None] * stride + d[None, :]
+        rows = tl.load(rows, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+        if WIDE:  # else both are narrow: their products are exact in float32
+            x, rows = x.to(tl.float32), rows.to(tl.float32)
+        total = tl.dot(x, tl.trans(rows), total, input_precision=PRECISION)
+    tl.store(dense + t[:, None] * N + n[None, :], total, mask=(t < T)[:, None] & (n < N)[None, :])
 
 
-@tuned(TILE_CONFIGS, key=["D", "TWO"])
 @triton.jit
-def tile_mix_kernel(
+def spread_kernel(
     weights,  # [T, K]
-    second_weights,
-    table,
-    ordered,
-    picks,
-    bounds,
-    out,  # [T, D]
-    T,
+    indices,  # [T, K]
+    dense,  # [T, N], zeros
     K,
     N,
+    SPREAD: tl.constexpr,
+):
+    """One program puts SPREAD weights of a token where its experts are; those of one expert are summed."""
+    chunks = tl.cdiv(K, SPREAD)
+    t = (tl.program_id(0) // chunks).to(tl.int64)
+    k = tl.program_id(0) % chunks * SPREAD + tl.arange(0, SPREAD)
+    own = tl.load(indices + t * K + k, mask=k < K, other=-1)
+    total = tl.zeros((SPREAD,), tl.float32)
+    for start in range(0, K, SPREAD):
+        at = start + tl.arange(0, SPREAD)
+        others = tl.load(indices + t * K + at, mask=at < K, other=-1)
+        weight = tl.load(weights + t * K + at, mask=at < K, other=0.0)
+        total += tl.sum(tl.where(own[:, None] == others[None, :], weight[None, :], 0.0), 1)
+    # Picks of one expert write the same number.
+    tl.store(dense + t * N + own, total, mask=k < K)
+
+
+@tuned(TILE_CONFIGS, key=["D", "N", "TWO"])
+@triton.jit
+def tile_mix_kernel(
+    dense,  # [T, N]
+    second_dense,
+    table,
+    out,  # [T, D]
+    T,
+    N,
     D,
-    blocks,
     stride,
     offset,
     second_offset,
     TWO: tl.constexpr,
     PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_D: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
-    """One program sums BLOCK_D columns of a row, or two, of all experts of a tile of tokens."""
-    chunks = tl.cdiv(D, BLOCK_D)
-    tile = tl.program_id(0) // chunks
-    d = tl.program_id(0) % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (d < D)[None, :]
-    total = tl.zeros((TILE, BLOCK_D), tl.float32)
-    for block in range(0, blocks):
-        t, _, first, last = _tokens_of(tile, T, bounds, block, blocks, TILE)
-        most = tl.max(last - first, 0)
-        if most > 0:
-            n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-            pieces = table + n.to(tl.int64)[:, None] * stride + d[None, :]
-            mask = (n < N)[:, None] & inside
-            rows, broken = _finite(tl.load(pieces + offset, mask=mask, other=0.0).to(tl.float32))
-            spread = tl.zeros((TILE, BLOCK_N), tl.float32)
-            if TWO:
-                others = tl.load(pieces + second_offset, mask=mask, other=0.0).to(tl.float32)
-                others, others_broken = _finite(others)
-                second_spread = tl.zeros((TILE, BLOCK_N), tl.float32)
-            for j in range(0, most):
-                live = first + j < last
-                at = t * K + first + j
-                chosen = n[None, :] == tl.load(ordered + at, mask=live, other=-1)[:, None]
-                pick = t * K + tl.load(picks + at, mask=live, other=0)
-                weight = tl.load(weights + pick, mask=live, other=0.0)[:, None]
-                weight = tl.where(broken[None, :], float("nan"), weight)
-                spread += tl.where(chosen, weight, 0.0)
-                if TWO:
-                    weight = tl.load(second_weights + pick, mask=live, other=0.0)[:, None]
-                    weight = tl.where(others_broken[None, :], float("nan"), weight)
-                    second_spread += tl.where(chosen, weight, 0.0)
-            total = tl.dot(spread, rows, total, input_precision=PRECISION)
-            if TWO:
-                total = tl.dot(second_spread, others, total, input_precision=PRECISION)
-    t = (tile * TILE + tl.arange(0, TILE)).to(tl.int64)
-    at = out + t[:, None] * D + d[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=(t < T)[:, None] & inside)
+    """One program sums TILE_D columns of a row, or two, of all experts, for a tile of tokens."""
+    chunks = tl.cdiv(D, TILE_D)
+    t = (tl.program_id(0) // chunks * TILE_T + tl.arange(0, TILE_T)).to(tl.int64)
+    d = tl.program_id(0) % chunks * TILE_D + tl.arange(0, TILE_D)
+    total = tl.zeros((TILE_T, TILE_D), tl.float32)
+    for slot in tl.static_range(2 if TWO else 1):
+        for start in range(0, N, DEPTH):
+            n = (start + tl.arange(0, DEPTH)).to(tl.int64)
+            weights = (second_dense if slot == 1 else dense) + t[:, None] * N + n[None, :]
+            weights = tl.load(weights, mask=(t < T)[:, None] & (n < N)[None, :], other=0.0)
+            rows = table + (second_offset if slot == 1 else offset) + n[:, None] * stride + d[None, :]
+            rows = tl.load(rows, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+            rows, weights = _finite(rows, weights)
+            total = tl.dot(weights, rows, total, input_precision=PRECISION)
+    out += t[:, None] * D + d[None, :]
+    tl.store(out, total.to(out.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
 
 
-@tuned(TILE_CONFIGS, key=["D", "R"])
+@tuned(TILE_CONFIGS, key=["D", "N"])
 @triton.jit
 def tile_table_kernel(
-    x,
-    grad_y,
-    weights,  # [R, T, K]
-    ordered,
-    picks,
-    bounds,
-    parts,  # [programs along the tokens, N, R, D]
-    pairs,
+    source,  # [T, D]
+    dense,  # [T, N]
+    parts,  # [programs along the tokens, N, D]
     T,
-    K,
     N,
     D,
-    blocks,
-    tiles_each,  # tiles of tokens that a program sums over
-    R: tl.constexpr,
+    tokens_each,  # tokens that a program sums over
     PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_D: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
-    """One program sums BLOCK_D columns of a block of experts over some tiles of tokens."""
-    chunks = tl.cdiv(D, BLOCK_D)
-    program = tl.program_id(0)
-    d = program % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
-    block = program // chunks % blocks
-    part = program // chunks // blocks
-    inside = (d < D)[None, :]
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    down = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    up = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    gate = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for tile in range(part * tiles_each, tl.minimum((part + 1) * tiles_each, tl.cdiv(T, TILE))):
-        t, real, first, last = _tokens_of(tile, T, bounds, block, blocks, TILE)
-        most = tl.max(last - first, 0)
-        if most > 0:
-            mask = real[:, None] & inside
-            places = t[:, None] * D + d[None, :]
-            tokens, broken = _finite(tl.load(x + places, mask=mask, other=0.0).to(tl.float32))
-            grads, grads_broken = _finite(tl.load(grad_y + places, mask=mask, other=0.0).to(tl.float32))
-            of_down = tl.zeros((BLOCK_N, TILE), tl.float32)
-            of_up = tl.zeros((BLOCK_N, TILE), tl.float32)
-            of_gate = tl.zeros((BLOCK_N, TILE), tl.float32)
-            for j in range(0, most):
-                live = first + j < last
-                at = t * K + first + j
-                chosen = n[:, None] == tl.load(ordered + at, mask=live, other=-1)[None, :]
-                pick = weights + t * K + tl.load(picks + at, mask=live, other=0)
-                weight = tl.where(broken, float("nan"), tl.load(pick, mask=live, other=0.0))
-                of_down += tl.where(chosen, weight[None, :], 0.0)
-                weight = tl.load(pick + pairs, mask=live, other=0.0)
-                weight = tl.where(grads_broken, float("nan"), weight)
-                of_up += tl.where(chosen, weight[None, :], 0.0)
-                if R == 3:
-                    weight = tl.load(pick + pairs + pairs, mask=live, other=0.0)
-                    weight = tl.where(broken, float("nan"), weight)
-                    of_gate += tl.where(chosen, weight[None, :], 0.0)
-            down = tl.dot(of_down, tokens, down, input_precision=PRECISION)
-            up = tl.dot(of_up, grads, up, input_precision=PRECISION)
-            if R == 3:
-                gate = tl.dot(of_gate, tokens, gate, input_precision=PRECISION)
-    rows = parts + ((part.to(tl.int64) * N + n) * R * D)[:, None] + d[None, :]
-    mask = (n < N)[:, None] & inside
-    tl.store(rows, down.to(parts.dtype.element_ty), mask=mask)
-    tl.store(rows + D, up.to(parts.dtype.element_ty), mask=mask)
-    if R == 3:
-        tl.store(rows + D + D, gate.to(parts.dtype.element_ty), mask=mask)
+    """One program sums TILE_D columns of some tokens for each expert of a block."""
+    chunks, blocks = tl.cdiv(D, TILE_D), tl.cdiv(N, TILE_N)
+    d = tl.program_id(0) % chunks * TILE_D + tl.arange(0, TILE_D)
+    n = (tl.program_id(0) // chunks % blocks * TILE_N + tl.arange(0, TILE_N)).to(tl.int64)
+    part = tl.program_id(0) // chunks // blocks
+    last = tl.minimum((part + 1) * tokens_each, T)
+    total = tl.zeros((TILE_N, TILE_D), tl.float32)
+    for start in range(part * tokens_each, last, DEPTH):
+        t = (start + tl.arange(0, DEPTH)).to(tl.int64)
+        # [experts, tokens], read along the experts, which lie side by side
+        weights = dense + t[None, :] * N + n[:, None]
+        weights = tl.load(weights, mask=(n < N)[:, None] & (t < last)[None, :], other=0.0)
+        rows = source + t[:, None] * D + d[None, :]
+        rows = tl.load(rows, mask=(t < last)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        rows, weights = _finite(rows, weights)
+        total = tl.dot(weights, rows, total, input_precision=PRECISION)
+    parts += (part.to(tl.int64) * N + n)[:, None] * D + d[None, :]
+    tl.store(parts, total, mask=(n < N)[:, None] & (d < D)[None, :])
 
 
 def precision() -> str:
     """How float32 matrices are multiplied with float32's precision: natively where matrix units can."""
     if INTERPRETED or triton.runtime.driver.active.get_current_target().backend == "hip":
         return "ieee"
-    return "tf32x3"  # NVIDIA's take 11 bits a factor: each is cut in two, for three products
+    return "tf32x3"  # NVIDIA's take 11 bits a factor: each factor is cut in two, for three products
 
 
 class ByTiles:
-    """Tiles of tokens meet blocks of experts, those that they picked and those that they did not."""
+    """All tokens meet all experts, those that they picked and those that they did not."""
 
     def __init__(self, indices: Tensor, num_experts: int):
-        self.shape, self.num_experts = indices.shape, num_experts
-        self.blocks = triton.cdiv(num_experts, BLOCK_EXPERTS)
-        # Stable, because a token may pick an expert twice, and the order of a sum must be one.
-        self.ordered, picks = indices.to(torch.int32).sort(dim=1, stable=True)
-        self.picks = picks.to(torch.int32)
-        edges = torch.arange(self.blocks + 1, dtype=torch.int32, device=indices.device) * BLOCK_EXPERTS
-        edges = edges.expand(len(indices), -1).contiguous()
-        self.bounds = torch.searchsorted(self.ordered, edges, out_int32=True)
-        self.sizes = dict(PRECISION=precision(), TILE=TILE_TOKENS, BLOCK_N=BLOCK_EXPERTS, BLOCK_D=BLOCK_D)
+        self.indices, self.num_experts = indices, num_experts
+
+    def _parts(self, matrices: int) -> Iterator[slice]:
+        """Tokens whose matrices [N] fit in SCRATCH_BYTES, at least a tile of them."""
+        fitting = SCRATCH_BYTES // (4 * matrices * self.num_experts)
+        step = max(1, fitting // TILE_TOKENS) * TILE_TOKENS
+        return (slice(first, first + step) for first in range(0, len(self.indices), step))
+
+    def _spread(self, weights: Tensor, tokens: slice) -> Tensor:
+        """[T, N]: weights [T, K] of some tokens at their experts, zeros elsewhere."""
+        weights, indices = weights[tokens], self.indices[tokens]
+        (T, K), N = indices.shape, self.num_experts
+        dense = weights.new_zeros(T, N)
+        spread_kernel[(T * triton.cdiv(K, SPREAD),)](weights, indices, dense, K, N, SPREAD=SPREAD)
+        return dense
 
     def dots(self, source: Tensor, experts: Tensor, slots: tuple[int, ...]) -> Tensor:
         """See `ByToken.dots`."""
-        (T, K), (N, _, D) = self.shape, experts.shape
+        (T, K), (N, _, D) = self.indices.shape, experts.shape
         out = source.new_empty(len(slots), T, K, dtype=torch.float32)
-        offsets = [slot * experts.stride(1) for slot in slots]
-        tile_dots_kernel[(triton.cdiv(T, TILE_TOKENS) * self.blocks,)](
-            source, experts, self.ordered, self.picks, self.bounds, out, T * K, T, K, N, D, self.blocks,
-            experts.stride(0), offsets[0], offsets[-1], TWO=len(slots) == 2,
-            WIDE=source.dtype != experts.dtype or source.dtype == torch.float32, **self.sizes,
-        )  # fmt: skip
+        wide = source.dtype != experts.dtype or source.dtype == torch.float32
+        for tokens in self._parts(1):
+            some, indices = source[tokens], self.indices[tokens]
+            dense = out.new_empty(len(some), N)
+            grid = (triton.cdiv(len(some), TILE_TOKENS) * triton.cdiv(N, TILE_EXPERTS),)
+            for slot, place in zip(slots, out, strict=True):
+                tile_dots_kernel[grid](
+                    some, experts, dense, len(some), N, D, experts.stride(0), slot * experts.stride(1),
+                    WIDE=wide, PRECISION=precision(), TILE_T=TILE_TOKENS, TILE_N=TILE_EXPERTS, DEPTH=DEPTH,
+                )  # fmt: skip
+                torch.gather(dense, 1, indices, out=place[tokens])
         return out
 
     def mix(
         self, weights: tuple[Tensor, ...], experts: Tensor, slots: tuple[int, ...], dtype: torch.dtype
     ) -> Tensor:
         """See `ByToken.mix`."""
-        (T, K), (N, _, D) = self.shape, experts.shape
-        out = experts.new_empty(T, D, dtype=dtype)
+        N, _, D = experts.shape
+        out = experts.new_empty(len(self.indices), D, dtype=dtype)
         offsets = [slot * experts.stride(1) for slot in slots]
-        tile_mix_kernel[(triton.cdiv(T, TILE_TOKENS) * triton.cdiv(D, BLOCK_D),)](
-            weights[0], weights[-1], experts, self.ordered, self.picks, self.bounds, out, T, K, N, D,
-            self.blocks, experts.stride(0), offsets[0], offsets[-1], TWO=len(slots) == 2, **self.sizes,
-        )  # fmt: skip
+        for tokens in self._parts(len(slots)):
+            dense = [self._spread(of_row, tokens) for of_row in weights]
+            T = len(dense[0])
+            tile_mix_kernel[(triton.cdiv(T, TILE_TOKENS) * triton.cdiv(D, TILE_COLUMNS),)](
+                dense[0], dense[-1], experts, out[tokens], T, N, D, experts.stride(0), offsets[0], offsets[-1],
+                TWO=len(slots) == 2, PRECISION=precision(), TILE_T=TILE_TOKENS, TILE_D=TILE_COLUMNS, DEPTH=DEPTH,
+            )  # fmt: skip
         return out
 
     def table_gradient(self, x: Tensor, grad_y: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
         """See `ByToken.table_gradient`."""
-        (T, K), (R, N, D) = self.shape, (len(weights), self.num_experts, x.shape[1])
-        programs, tiles = self.blocks * triton.cdiv(D, BLOCK_D), triton.cdiv(T, TILE_TOKENS)
-        tiles_each = triton.cdiv(tiles, max(1, ENOUGH_PROGRAMS // programs))
-        count = triton.cdiv(tiles, tiles_each)
-        parts = weights.new_empty(count, N, R, D, dtype=dtype if count == 1 else torch.float32)
-        tile_table_kernel[(count * programs,)](
-            x, grad_y, weights, self.ordered, self.picks, self.bounds, parts, T * K, T, K, N, D, self.blocks,
-            tiles_each, R=R, **self.sizes,
-        )  # fmt: skip
-        return parts[0] if count == 1 else parts.sum(0).to(dtype)
+        R, N, D = len(weights), self.num_experts, x.shape[1]
+        total = weights.new_zeros(N, R, D)
+        programs = triton.cdiv(N, TILE_EXPERTS) * triton.cdiv(D, TILE_COLUMNS)
+        for tokens in self._parts(1):
+            for slot, of_row in enumerate(weights):
+                dense, source = self._spread(of_row, tokens), (grad_y if slot == 1 else x)[tokens]
+                T = len(dense)
+                steps = triton.cdiv(T, DEPTH)
+                each = triton.cdiv(steps, max(1, ENOUGH_PROGRAMS // programs)) * DEPTH
+                parts = weights.new_empty(triton.cdiv(T, each), N, D)
+                tile_table_kernel[(len(parts) * programs,)](
+                    source, dense, parts, T, N, D, each,
+                    PRECISION=precision(), TILE_N=TILE_EXPERTS, TILE_D=TILE_COLUMNS, DEPTH=DEPTH,
+                )  # fmt: skip
+                total[:, slot] += parts.sum(0)
+        return total.to(dtype)
