@@ -1,0 +1,24 @@
+"""The operations by Triton kernels, for GPUs that CUDA or ROCm reaches. `docs/kernels.md` explains how they work.
+
+Shapes as in `reference`. What the kernels do not take, float64 above all, goes to the reference on the same device.
+"""
+
+from million_experts.ops.reference import (
+    masked_batch_norm,
+    masked_batch_norm_backward,
+    product_key_topk,
+    product_key_topk_backward,
+    rowwise_adamw,
+)
+from million_experts.ops.triton_experts import expert_mlp, expert_mlp_backward, expert_mlp_backward_touched
+
+__all__ = [
+    "expert_mlp",
+    "expert_mlp_backward",
+    "expert_mlp_backward_touched",
+    "masked_batch_norm",
+    "masked_batch_norm_backward",
+    "product_key_topk",
+    "product_key_topk_backward",
+    "rowwise_adamw",
+]
