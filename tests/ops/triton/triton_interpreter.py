@@ -4,6 +4,7 @@
   if they were integers.
 - It patches the language again for each call of a function inside a kernel, and reduces by `xor`, which sorting
   is made of, one number at a time in Python.
+- A comparison of scalars that is spread over a block becomes integers there, which are no mask.
 - It copies every tensor's storage onto itself, which would fill gigabytes that are only addressed.
 """
 
@@ -58,6 +59,14 @@ def repair() -> None:
             return self.to_tensor(data, x.dtype)
         return reduce(self, input)
 
+    splat = builder.create_splat
+
+    def repaired_splat(self, shape, scalar):
+        if scalar.data.dtype == np.bool_:
+            scalar = interpreter.TensorHandle(scalar.data, tl.int1)
+        return splat(self, shape, scalar)
+
+    builder.create_splat = repaired_splat
     builder.cast_impl = repaired_cast
     builder.create_dot = repaired_dot
     interpreter.ReduceOps.apply_impl = repaired_reduce
@@ -75,8 +84,32 @@ def repair() -> None:
     interpreter.GridExecutor._restore_args_dev = lambda *_: None
 
 
+def _sorted(x: tl.tensor, descending: bool, count: int) -> tl.tensor:
+    data = np.sort(x.handle.data, axis=-1)
+    data = (data[..., ::-1] if descending else data)[..., :count].copy()
+    handle = interpreter.TensorHandle(data, x.dtype)
+    return tl.tensor(handle, tl.block_type(x.dtype, list(data.shape)))
+
+
+def _quick_merge(x: tl.tensor, dim: int | None = None, descending: bool = False) -> tl.tensor:
+    """Sorts; refuses what is not bitonic, for there a merge would not."""
+    signs = np.sign(np.diff(x.handle.data.astype(object), axis=-1, append=x.handle.data[..., :1].astype(object)))
+    for row in signs.reshape(-1, signs.shape[-1]):
+        turns = [sign for sign in row if sign]
+        changes = sum(a != b for a, b in zip(turns, turns[1:] + turns[:1], strict=True))
+        assert changes <= 2, "bitonic_merge of what is not bitonic"
+    return _sorted(x, descending, x.shape[-1])
+
+
+#: What sorts in place of the language's own functions, a hundred times as fast.
+QUICK_SORTS = {
+    "topk": lambda x, k, dim=None: _sorted(x, True, k),
+    "bitonic_merge": _quick_merge,
+}
+
+
 def addressed(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor of zeros of any size: only the pages that are written to exist."""
     count = int(np.prod(shape, dtype=np.int64))
-    memory = mmap.mmap(-1, max(1, count) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_NORESERVE)
+    memory = mmap.mmap(-1, max(1, count) * dtype.itemsize, flags=mmap.MAP_PRIVATE)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
