@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-#: No GPU: kernels run on the CPU, in Triton's interpreter. Chosen by TRITON_INTERPRET=1 before they are defined.
+#: No GPU: kernels run on the CPU, in Triton's interpreter. Chosen by TRITON_INTERPRET=1 before they are
+# defined.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 

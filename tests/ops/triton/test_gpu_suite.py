@@ -18,13 +18,16 @@ ROOT = Path(__file__).parents[3]
 
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MILLION_EXPERTS_GPU_TESTS")}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MILLION_EXPERTS_GPU_TESTS")
+    }
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT, env=environment | variables, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_tests_pass_at_tiny_shapes():
     done = run("-m", "pytest", "-p", "no:cacheprovider", "tests/gpu", MILLION_EXPERTS_GPU_TESTS="interpreter")
     assert done.returncode == 0, done.stdout
@@ -50,7 +53,10 @@ def test_without_a_gpu_the_benchmark_ends_with_a_reason():
 
 
 def test_the_benchmark_ends_in_a_json_block():
-    script = "import sys, triton_interpreter as t; t.repair(); from million_experts.benchmarks import gpu; sys.exit(gpu.main())"
+    script = (
+        "import sys, triton_interpreter; triton_interpreter.repair(); "
+        "from million_experts.benchmarks import gpu; sys.exit(gpu.main())"
+    )
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = run("-c", script, "--tiny", TRITON_INTERPRET="1", PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
