@@ -27,6 +27,9 @@ from million_experts.ops.triton_expert_tiles import ByTiles
 
 triton_interpreter.repair()
 
+# NumPy, in which the interpreter computes, warns of overflow and NaN, which are meant here.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 WALKS = (ByToken, ByTiles)
 
