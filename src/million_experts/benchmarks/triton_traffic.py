@@ -20,6 +20,7 @@ BANDWIDTH = 3.35e12
 CACHE = 50 * 10**6
 
 INDEX, SUM = 8, 4  # int64 and float32
+SECTOR = 32  # what a GPU's memory moves at least
 
 
 @dataclass(frozen=True)
@@ -174,70 +175,43 @@ def table_rows(tokens: Picks, M: int, D: int, R: int, x: int, out: int, block_d:
 # --- the experts, in tiles -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Sizes of the tile kernels, where every block is picked from in every tile."""
-
-    T: int
-    K: int
-    N: int
-    D: int
-    tile: int
-    block_n: int
-    block_d: int
-
-    @property
-    def tiles(self) -> int:
-        return _split(self.T, self.tile)
-
-    @property
-    def blocks(self) -> int:
-        return _split(self.N, self.block_n)
-
-    @property
-    def chunks(self) -> int:
-        return _split(self.D, self.block_d)
-
-    def picks(self, times: float) -> Accesses:
-        bounds = self.T * (self.blocks + 1) * 4
-        return [
-            Stream("ordered", self.T * self.K * 4, times),
-            Stream("picks", self.T * self.K * 4, times),
-            Stream("bounds", bounds, times * 2 * self.blocks / (self.blocks + 1)),
-        ]
-
-
-def tile_dots(s: Tiles, slots: int, x: int, table: int) -> Accesses:
-    """`tile_dots_kernel`."""
+def tile_dots(T: int, N: int, D: int, x: int, table: int, tile: int) -> Accesses:
+    """`tile_dots_kernel`: a row of all N experts."""
     return [
-        Stream("source", s.T * s.D * x, s.blocks),
-        Stream("table", slots * s.N * s.D * table, s.tiles, apart=True),
-        *s.picks(1),
-        Stream("out", slots * s.T * s.K * SUM),
+        Stream("source", T * D * x, _split(N, tile)),
+        Stream("table", N * D * table, _split(T, tile), apart=True),
+        Stream("dense", T * N * SUM),
     ]
 
 
-def tile_mix(s: Tiles, slots: int, table: int, out: int) -> Accesses:
-    """`tile_mix_kernel`."""
-    weights = [
-        Stream(name, s.T * s.K * SUM, s.chunks) for name in ("weights", "second_weights")[:slots]
-    ]
+def spread(picks: np.ndarray, N: int, chunk: int) -> Accesses:
+    """`spread_kernel` for picks [T, K]. Memory takes a sector, 8 numbers, where one of them is written."""
+    T, K = picks.shape
+    chunks = _split(K, chunk)
+    sectors = len(np.unique((np.arange(T)[:, None] * N + picks) // 8)) * SECTOR
     return [
-        *weights,
-        Stream("table", slots * s.N * s.D * table, s.tiles, apart=True),
-        *s.picks(s.chunks),
-        Stream("out", s.T * s.D * out),
+        Stream("indices", T * K * INDEX, 1 + chunks),
+        Stream("weights", T * K * SUM, chunks),
+        Stream("dense", sectors, T * K * SUM / sectors),
     ]
 
 
-def tile_table(s: Tiles, R: int, x: int, out: int, parts: int) -> Accesses:
-    """`tile_table_kernel`."""
+def tile_mix(T: int, N: int, D: int, slots: int, table: int, out: int, tile: int) -> Accesses:
+    """`tile_mix_kernel`: sums of `slots` rows of all N experts."""
+    matrices = [Stream(name, T * N * SUM, _split(D, tile)) for name in ("dense", "second_dense")[:slots]]
     return [
-        Stream("x", s.T * s.D * x, s.blocks, apart=True),
-        Stream("grad_y", s.T * s.D * x, s.blocks, apart=True),
-        Stream("weights", R * s.T * s.K * SUM, s.chunks),
-        *s.picks(s.chunks),
-        Stream("parts", parts * s.N * R * s.D * out),
+        *matrices,
+        Stream("table", slots * N * D * table, _split(T, tile), apart=True),
+        Stream("out", T * D * out),
+    ]
+
+
+def tile_table(T: int, N: int, D: int, x: int, parts: int, tile: int) -> Accesses:
+    """`tile_table_kernel`: a row of all N experts, in `parts` sums."""
+    return [
+        Stream("source", T * D * x, _split(N, tile), apart=True),
+        Stream("dense", T * N * SUM, _split(D, tile)),
+        Stream("parts", parts * N * D * SUM),
     ]
 
 
@@ -391,15 +365,12 @@ def _by_token(shape: str, T: int, K: int, N: int, D: int, R: int, size: int) -> 
     yield _row(shape, "adamw", adamw(touched, R, D, 100, size, size, size, size < 4))
 
 
-def _by_tiles(shape: str, T: int, K: int, N: int, D: int, R: int, size: int) -> Iterable[Row]:
-    s = Tiles(T, K, N, D, 64, 32, 64)
-    yield _row(shape, "tile_dots, forward", tile_dots(s, R - 1, size, size))
-    yield _row(shape, "output_weights", output_weights(T * K, R, size))
-    yield _row(shape, "tile_mix, forward", tile_mix(s, 1, size, size))
-    yield _row(shape, "tile_dots, backward", tile_dots(s, 1, size, size))
-    yield _row(shape, "gradient_weights", gradient_weights(T * K, R, size))
-    yield _row(shape, "tile_mix, backward", tile_mix(s, R - 1, size, size))
-    yield _row(shape, "tile_table", tile_table(s, R, size, size, 1))
+def _by_tiles(shape: str, T: int, K: int, N: int, D: int, size: int) -> Iterable[Row]:
+    drawn = np.random.default_rng(0).integers(0, N, (T, K))
+    yield _row(shape, "tile_dots, for a row", tile_dots(T, N, D, size, size, 64))
+    yield _row(shape, "spread", spread(drawn, N, 32))
+    yield _row(shape, "tile_mix, for a row", tile_mix(T, N, D, 1, size, size, 64))
+    yield _row(shape, "tile_table, for a row", tile_table(T, N, D, size, 2, 64))
 
 
 def _retrieval(shape: str, s: Retrieval) -> Iterable[Row]:
@@ -422,7 +393,7 @@ def standard() -> list[Row]:
         *_by_token("2,048 tokens, 128 of 1,048,576, D = 256, float32", 2048, 128, million, 256, 2, 4),
         *_by_token("8,192 tokens, 128 of 1,048,576, D = 1024, bfloat16", 8192, 128, million, 1024, 2, 2),
         *_by_token("1 token, 128 of 1,048,576, D = 1024, bfloat16", 1, 128, million, 1024, 2, 2),
-        *_by_tiles("8,192 tokens, 128 of 1,024, D = 1024, bfloat16", 8192, 128, 1024, 1024, 2, 2),
+        *_by_tiles("8,192 tokens, 128 of 1,024, D = 1024, bfloat16", 8192, 128, 1024, 1024, 2),
         *_retrieval("2,048 tokens, 8 heads, 16 of 1024 x 1024, d = 64, float32",
                     Retrieval(2048, 8, 16, 1024, 1024, 64, 4, 4)),
         *_retrieval("8,192 tokens, 8 heads, 16 of 1024 x 1024, d = 128, bfloat16",

@@ -154,10 +154,10 @@ def _best_pairs(
     doubt = (doubt & real[:, None]).to(tl.int32)
     if tl.max(tl.max(doubt, 1), 0) > 0:
         best = _nothing(BLOCK_Q, K_PADDED)
-        for a in range(0, k):
-            rank = tl.zeros((K_PADDED,), tl.int32) + a
-            candidates = _sums(first, second, rank, place, place < k, n2, BLOCK_Q, K_PADDED)
-            best = _merge(best, candidates, K_PADDED)
+        for rank in range(0, k):
+            ranks = tl.zeros((K_PADDED,), tl.int32) + rank
+            pairs = _sums(first, second, ranks, place, place < k, n2, BLOCK_Q, K_PADDED)
+            best = _merge(best, pairs, K_PADDED)
         best = tl.bitonic_merge(best, descending=True)
     return best
 
