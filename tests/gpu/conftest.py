@@ -1,7 +1,7 @@
 """What these tests run on: a GPU, by `make test-gpu`.
 
-With MILLION_EXPERTS_GPU_TESTS=interpreter they run at tiny shapes on the CPU, in Triton's interpreter: that shows
-whether the tests themselves work. `tests/ops/triton/test_gpu_suite.py` does so.
+With MILLION_EXPERTS_GPU_TESTS=interpreter they run at tiny shapes on the CPU, in Triton's interpreter: that
+shows whether the tests themselves work. `tests/ops/triton/test_gpu_suite.py` does so.
 """
 
 from __future__ import annotations

@@ -24,7 +24,9 @@ def layer(device, tiny, monkeypatch) -> PEER:
 
 @pytest.fixture
 def x(layer, device, tiny) -> torch.Tensor:
-    return torch.randn(4 if tiny else 1024, layer.dim, generator=torch.Generator(device).manual_seed(1), device=device)
+    return torch.randn(
+        4 if tiny else 1024, layer.dim, generator=torch.Generator(device).manual_seed(1), device=device
+    )
 
 
 def test_auto_takes_the_kernels(device, tiny):

@@ -21,7 +21,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def make_inputs(shape: tuple[int, int, int, int], glu: bool, dtype: torch.dtype, device) -> tuple[Inputs, Tensor]:
+def make_inputs(
+    shape: tuple[int, int, int, int], glu: bool, dtype: torch.dtype, device
+) -> tuple[Inputs, Tensor]:
     T, K, N, D = shape
     generator = torch.Generator(device).manual_seed(0)
     x, gates, experts, grad_y = (
@@ -42,7 +44,9 @@ def step(inputs: Inputs, grad_y: Tensor, backend: str, **options) -> list[Tensor
 
 def reference_step(inputs: Inputs, grad_y: Tensor, **options) -> list[Tensor]:
     x, indices, gates, experts = inputs
-    return step((x.double(), indices, gates.double(), experts.double()), grad_y.double(), "reference", **options)
+    return step(
+        (x.double(), indices, gates.double(), experts.double()), grad_y.double(), "reference", **options
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -72,7 +76,9 @@ def test_the_same_bits_on_every_run(name, sparse_grad, device, tiny):
 
 
 def test_an_expert_that_every_token_chose(device, tiny, assert_close):
-    inputs, grad_y = make_inputs((40, 8, 90, 20) if tiny else (4096, 128, 256**2, 256), False, torch.float32, device)
+    inputs, grad_y = make_inputs(
+        (40, 8, 90, 20) if tiny else (4096, 128, 256**2, 256), False, torch.float32, device
+    )
     inputs[1][:, ::2] = 7
     for actual, right in zip(step(inputs, grad_y, "triton"), reference_step(inputs, grad_y), strict=True):
         assert_close(actual, right)

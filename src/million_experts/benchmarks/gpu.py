@@ -2,9 +2,10 @@
 
     python -m million_experts.benchmarks.gpu
 
-`make bench-gpu` runs this. Each operation is compared with the reference on the same GPU first: a wrong one is
-not timed, and the command fails. Beside its time stands the least time that the bytes allow which it must move, at
-the bandwidth of a large copy on this GPU: each tensor once, and of the table the rows that were picked.
+`make bench-gpu` runs this. Each operation is compared with the reference on the same GPU first: a wrong one
+is not timed, and the command fails. Beside its time stands the least time that the bytes allow which it must
+move, at the bandwidth of a large copy on this GPU: each tensor once, and of the table the rows that were
+picked.
 """
 
 import argparse
@@ -120,18 +121,25 @@ def parts(shape: Shape, device: torch.device) -> Iterator[Part]:
         lambda backend: implementation(backend).expert_mlp_backward(*arguments, True),
         read + _bytes(grad_y, x, gates, experts),
     )
-    moments = torch.zeros_like(experts), torch.zeros(N, R, device=device)
-    last_step = torch.zeros(N, dtype=torch.int32, device=device)
     history = torch.zeros(3, 3, dtype=torch.float64, device=device)
     values = draw(len(rows), R, D)
+    state = {
+        backend: (
+            experts.clone(),
+            torch.zeros_like(experts),
+            torch.zeros(N, R, device=device),  # a second moment a row
+            torch.zeros(N, dtype=torch.int32, device=device),
+        )
+        for backend in ("triton", "reference")  # which change it in place
+    }
 
     def adamw(backend: str) -> tuple[Tensor, ...]:
-        implementation(backend).rowwise_adamw(
-            experts, *moments, last_step, history, 1, rows, values, None, None, 0.0, (0.9, 0.99), 1e-8, 0.0, None
-        )
-        return experts[rows], moments[0][rows]
+        options = 1e-3, (0.9, 0.99), 1e-8, 0.1, None
+        implementation(backend).rowwise_adamw(*state[backend], history, 1, rows, values, None, None, *options)
+        return state[backend]
 
-    yield Part("row-wise AdamW", adamw, 5 * len(rows) * expert + 2 * _bytes(moments[1][rows], last_step[rows]))
+    small = len(rows) * (R * 4 + 4)
+    yield Part("row-wise AdamW", adamw, 5 * len(rows) * expert + 2 * small)
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -168,12 +176,19 @@ def _bandwidth(device: torch.device, size: int) -> float:
     return 2 * size / min(_timed(lambda: target.copy_(source), device, nothing) for _ in range(10))
 
 
-def measure(shape: Shape, device: torch.device, bandwidth: float, repetitions: int) -> Iterator[dict[str, Any]]:
+def measure(
+    shape: Shape, device: torch.device, bandwidth: float, repetitions: int
+) -> Iterator[dict[str, Any]]:
     """A row for each operation: seconds by the kernels and by the reference, in turns, and the roofline."""
     litter = torch.empty(2**10 if device.type == "cpu" else 2**28, dtype=torch.uint8, device=device)
     for part in parts(shape, device):
         error = _error(part.run("triton"), part.run("reference"))
-        row = {"shape": shape.name, "part": part.name, "error": error, "necessary_bytes": part.necessary_bytes}
+        row = {
+            "shape": shape.name,
+            "part": part.name,
+            "error": error,
+            "necessary_bytes": part.necessary_bytes,
+        }
         if not error <= ALLOWED[shape.dtype]:  # NaN included
             yield row | {"fault": f"differs from the reference by more than {ALLOWED[shape.dtype]}"}
             continue

@@ -1,6 +1,6 @@
-"""The operations by Triton kernels, for GPUs that CUDA or ROCm reaches. `docs/kernels.md` explains how they work.
+"""The operations by Triton kernels, for GPUs that CUDA or ROCm reaches; `docs/kernels.md` explains them.
 
-Shapes as in `reference`. What the kernels do not take, float64 above all, goes to the reference on the same device.
+Shapes as in `reference`. What the kernels do not take, float64 above all, goes to it on the same device.
 """
 
 from million_experts.ops.reference import masked_batch_norm, masked_batch_norm_backward

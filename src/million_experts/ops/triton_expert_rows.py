@@ -1,7 +1,7 @@
 """The experts by Triton kernels, token by token, and for the table's gradient row by row.
 
-Shapes as in `reference`, P = T*K pairs of a token and an expert. In what order sums run is fixed by the shapes:
-configurations that are tried out differ in how much is under way at a time, and never move a sum.
+Shapes as in `reference`, P = T*K pairs of a token and an expert. In what order sums run is fixed by the
+shapes: configurations that are tried out differ in how much is under way at a time, and never move a sum.
 """
 
 import torch
@@ -16,8 +16,8 @@ from million_experts.ops.triton_launch import tuned
 # summed in parts of this length by many programs, and the parts are added in their order.
 PART = 256
 
-# One warp multiplies a token with a row, 256 columns at a time, so its sum has one order however many rows are
-# under way: 4 or 8 KiB a warp in float32. 16 rows would spill.
+# One warp multiplies a token with a row, 256 columns at a time, so its sum has one order however many rows
+# are under way: 4 or 8 KiB a warp in float32. 16 rows would spill.
 DOTS_CONFIGS = [triton.Config({"ROWS": rows}, num_warps=1) for rows in (4, 8)]
 
 # A column's sum runs over the picks in their order, whatever these are: UNROLL rows are under way at a time.
@@ -207,7 +207,7 @@ def table_rows_kernel(
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """One program sums BLOCK_D columns over the pairs of an expert, or over its parts, and writes them once."""
+    """One program sums BLOCK_D columns over the pairs of an expert, or over its parts."""
     chunks = tl.cdiv(D, BLOCK_D)
     i = (tl.program_id(0) // chunks).to(tl.int64)
     columns = tl.program_id(0) % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -241,7 +241,7 @@ class ByToken:
         self.indices, self.num_experts = indices, num_experts
 
     def dots(self, source: Tensor, experts: Tensor, slots: tuple[int, ...]) -> Tensor:
-        """[len(slots), T, K] float32: source[t] times the rows `slots`, one or two, of expert indices[t, k]."""
+        """[len(slots), T, K] float32: source[t] times one or two rows, `slots`, of expert indices[t, k]."""
         (T, K), D = self.indices.shape, source.shape[1]
         out = source.new_empty(len(slots), T, K, dtype=torch.float32)
         offsets = [slot * experts.stride(1) for slot in slots]
@@ -273,21 +273,21 @@ class ByToken:
 
 
 def sort_pairs(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Each pair's expert in ascending order, and the pairs [P]. Stable: an expert's pairs keep their order."""
+    """Experts of the pairs in ascending order, and the pairs [P]; those of an expert keep their order."""
     narrow = torch.int32 if num_experts < 2**31 else torch.int64  # half the passes of a radix sort
     return indices.flatten().to(narrow).sort(stable=True)
 
 
 class RowSums:
-    """Sums over the pairs of each of M experts; pair order[p] belongs to m for starts[m] <= p < starts[m + 1]."""
+    """Sums over the pairs of each of M experts: order[p] for starts[m] <= p < starts[m + 1]."""
 
     def __init__(self, x: Tensor, grad_y: Tensor, weights: Tensor, order: Tensor, starts: Tensor):
         self.sources, self.weights, self.order, self.starts = (x, grad_y), weights, order, starts
         (R, _, K), P, D = weights.shape, len(order), x.shape[1]
         self.length = part_length(P, R, D)
-        # How many parts there are is known on the device alone, how many there may be here: an expert with more
-        # pairs than a part holds has at most twice as many parts as it would fill.
-        most = 2 * P // self.length if P > self.length else 0
+        # How many parts there are is known on the device alone, how many there may be here: an expert with
+        # more pairs than a part holds has at most twice as many parts as it would fill.
+        most = 2 * P // self.length if self.length < P else 0
         self.parted = most > 0
         if not self.parted:
             self.part_starts, self.parts = starts, weights  # never read
@@ -309,8 +309,8 @@ class RowSums:
         (R, _, K), D = self.weights.shape, self.sources[0].shape[1]
         values = self.weights.new_empty(count, R, D, dtype=dtype)
         table_rows_kernel[lambda config: (count * triton.cdiv(D, config["BLOCK_D"]),)](
-            *self.sources, self.weights, self.order, self.starts[first:], self.part_starts[first:], self.parts,
-            values, len(self.order), K, D, PARTED=self.parted, R=R,
+            *self.sources, self.weights, self.order, self.starts[first:], self.part_starts[first:],
+            self.parts, values, len(self.order), K, D, PARTED=self.parted, R=R,
         )  # fmt: skip
         return values
 

@@ -1,13 +1,13 @@
 """The experts by Triton kernels, tiles of tokens against blocks of experts on tensor cores.
 
-Shapes as in `reference`. Where a tile's tokens share experts enough, all tokens meet all experts: three matrix
-products, of which what was picked is kept. Between them and the pairs stands a matrix [tokens, N], for so many
-tokens at a time that it fits in SCRATCH_BYTES. Sizes of tiles fix the order of every sum; configurations that are
-tried out do not change them.
+Shapes as in `reference`. Where a tile's tokens share experts enough, all tokens meet all experts: three
+matrix products, of which what was picked is kept. Between them and the pairs stands a matrix [tokens, N], for
+so many tokens at a time that it fits in SCRATCH_BYTES. Sizes of tiles fix the order of every sum;
+configurations that are tried out do not change them.
 
-What is not finite stays with the tokens and experts that it belongs to, though a product with zero would spread
-it over a tile: where a row that enters a sum holds such a value, it enters as zeros, and weights that are not
-zero become NaN.
+What is not finite stays with the tokens and experts that it belongs to, though a product with zero would
+spread it over a tile: where a row that enters a sum holds such a value, it enters as zeros, and weights that
+are not zero become NaN.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,8 @@ TILE_EXPERTS = 64
 TILE_COLUMNS = 64
 DEPTH = 32
 
-# Programs that keep a large GPU busy: the table's gradient of a small pool is summed in parts up to that many.
+# Programs that keep a large GPU busy: the table's gradient of a small pool is summed in parts up to that
+# many.
 ENOUGH_PROGRAMS = 512
 
 # Tiles of float32 have 16 KiB a stage at most: three stay below the 64 KiB of the smallest target.
@@ -231,8 +232,9 @@ class ByTiles:
             dense = [self._spread(of_row, tokens) for of_row in weights]
             T = len(dense[0])
             tile_mix_kernel[(triton.cdiv(T, TILE_TOKENS) * triton.cdiv(D, TILE_COLUMNS),)](
-                dense[0], dense[-1], experts, out[tokens], T, N, D, experts.stride(0), offsets[0], offsets[-1],
-                TWO=len(slots) == 2, PRECISION=precision(), TILE_T=TILE_TOKENS, TILE_D=TILE_COLUMNS, DEPTH=DEPTH,
+                dense[0], dense[-1], experts, out[tokens], T, N, D, experts.stride(0), offsets[0],
+                offsets[-1], TWO=len(slots) == 2, PRECISION=precision(), TILE_T=TILE_TOKENS,
+                TILE_D=TILE_COLUMNS, DEPTH=DEPTH,
             )  # fmt: skip
         return out
 

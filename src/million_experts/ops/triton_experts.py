@@ -1,9 +1,9 @@
 """The experts by Triton kernels; shapes as in `reference`, P = T*K pairs of a token and an expert.
 
 As there, everything reduces to three things that a table of rows can do: `dots` (a token with chosen rows),
-`mix` (a weighted sum of chosen rows), and a weighted sum of tokens for each row, the table's gradient. They come
-in two forms: `ByToken` for few tokens an expert, `ByTiles` for many. What lies between them, a few numbers a
-pair, is here. `docs/kernels.md` explains how they work.
+`mix` (a weighted sum of chosen rows), and a weighted sum of tokens for each row, the table's gradient. They
+come in two forms: `ByToken` for few tokens an expert, `ByTiles` for many. What lies between them, a few
+numbers a pair, is here. `docs/kernels.md` explains how they work.
 
 Sums are in float32. float64, which is there for `gradcheck`, and empty inputs go to the reference.
 """
@@ -35,10 +35,10 @@ PAIR_BLOCK = 1024
 def schedule(tokens: int, experts_per_token: int, num_experts: int) -> type[ByToken] | type[ByTiles]:
     """Token by token, or tiles of tokens against tiles of experts where they share enough of them.
 
-    A tile of tokens reads every row of the pool once, and multiplies each with all its tokens, for tensor cores
-    do that almost for nothing; token by token only what was picked is read, once for each pick. So the reuse
-    that counts is that of a tile: how many of its tokens picked an expert. Below 1 tiles would read more;
-    where exactly they win is an estimate that no GPU has confirmed (`docs/decisions.md`).
+    A tile of tokens reads every row of the pool once, and multiplies each with all its tokens, for tensor
+    cores do that almost for nothing; token by token only what was picked is read, once for each pick. So the
+    reuse that counts is that of a tile: how many of its tokens picked an expert. Below 1 tiles would read
+    more; where exactly they win is an estimate that no GPU has confirmed (`docs/decisions.md`).
     """
     reuse = min(tokens, TILE_TOKENS) * experts_per_token / max(1, num_experts)
     return ByTiles if reuse >= TILE_REUSE else ByToken
@@ -50,7 +50,7 @@ def activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         below = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
         return z * below, below + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    elif ACTIVATION == "relu":
+    elif ACTIVATION == "relu":  # noqa: RET505 (only one branch is compiled)
         return tl.where(z <= 0, 0.0, z), tl.where(z <= 0, 0.0, 1.0)
     else:
         sigmoid = 1 / (1 + tl.exp(-z))
@@ -119,6 +119,11 @@ def _rows_together(experts: Tensor) -> Tensor:
     return experts if experts.stride(2) == 1 else experts.contiguous()
 
 
+def _walk(indices: Tensor, experts: Tensor) -> ByToken | ByTiles:
+    (T, K), N = indices.shape, len(experts)
+    return schedule(T, K, N)(indices, N)
+
+
 def _input_slots(experts: Tensor) -> tuple[int, ...]:
     """The rows that read the token: down, and gate with GLU."""
     return (0,) if experts.shape[1] == 2 else (0, 2)
@@ -138,7 +143,7 @@ def expert_mlp(
     )
     pairs = indices.numel()
     with device_of(x):
-        walk = schedule(*indices.shape, len(experts))(indices, len(experts))
+        walk = _walk(indices, experts)
         pre = walk.dots(x, experts, _input_slots(experts))
         weights = torch.empty_like(pre[0])
         output_weights_kernel[(triton.cdiv(pairs, PAIR_BLOCK),)](
@@ -196,7 +201,7 @@ def expert_mlp_backward(
     grad_y, x, indices, gates, pre = (t.contiguous() for t in (grad_y, x, indices, gates, pre))
     experts = _rows_together(experts)
     with device_of(x):
-        walk = schedule(*indices.shape, len(experts))(indices, len(experts))
+        walk = _walk(indices, experts)
         grad_x, grad_gates, weights = _towards_tokens(
             walk, grad_y, gates, experts, pre, activation, x.dtype, needs_x, needs_gates
         )
@@ -227,7 +232,7 @@ def expert_mlp_backward_touched(
     grad_y, x, indices, gates, pre = (t.contiguous() for t in (grad_y, x, indices, gates, pre))
     experts = _rows_together(experts)
     with device_of(x):
-        walk = schedule(*indices.shape, len(experts))(indices, len(experts))
+        walk = _walk(indices, experts)
         grad_x, grad_gates, weights = _towards_tokens(
             walk, grad_y, gates, experts, pre, activation, x.dtype, needs_x, needs_gates
         )

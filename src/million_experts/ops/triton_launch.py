@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-#: No GPU: kernels run on the CPU, in Triton's interpreter. Chosen by TRITON_INTERPRET=1 before they are defined.
+#: Kernels run on the CPU, in Triton's interpreter: TRITON_INTERPRET=1 was set before they were defined.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 

@@ -27,6 +27,9 @@ from million_experts.ops.triton_expert_tiles import ByTiles
 
 triton_interpreter.repair()
 
+# NumPy, in which the interpreter computes, warns of overflow and NaN, which are meant here.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 WALKS = (ByToken, ByTiles)
 
@@ -387,7 +390,8 @@ def test_extreme_pre_activations(activation, walk):
 
 
 def test_the_schedule_follows_the_reuse():
-    # 1,296 experts of which each of 2048 tokens takes 240; 16,384 and a million with 128; one token; few tokens.
+    # 1,296 experts of which each of 2048 tokens takes 240; 16,384 and a million with 128; one token; few
+    # tokens.
     assert kernels.schedule(2048, 240, 36**2) is ByTiles
     assert kernels.schedule(2048, 128, 128**2) is ByToken
     assert kernels.schedule(2048, 128, 1024**2) is ByToken
