@@ -13,7 +13,7 @@ from torch import Tensor
 
 from million_experts.ops import reference
 from million_experts.ops.reference import accumulation_dtype
-from million_experts.ops.triton_launch import INTERPRETED, device_of
+from million_experts.ops.triton_launch import INTERPRETED, device_of, registers
 
 # What the kernels do not take goes to the reference: more winners a head than stay in registers, more experts
 # than 32 bits count, and float64, which is there for `gradcheck`.
@@ -28,7 +28,9 @@ PART = 512
 
 
 # Warps and stages move no sum into another order: whatever is chosen, the bits are the same.
-TOPK_CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (2, 3)]
+TOPK_CONFIGS = [
+    triton.Config({}, num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (2, 3)
+]
 
 
 def _usable(configs, named_arguments, **constants):
@@ -113,7 +115,9 @@ def _best_sub_keys(
                 scores = tl.dot(
                     _widen(part, WIDE), tl.trans(_widen(codes, WIDE)), scores, input_precision="ieee"
                 )
-        packed = tl.where((position < n)[None, :], _pack(scores, position[None, :]), _nothing(BLOCK_Q, BLOCK_N))
+        packed = tl.where(
+            (position < n)[None, :], _pack(scores, position[None, :]), _nothing(BLOCK_Q, BLOCK_N)
+        )
         best = _merge(best, packed, K_PADDED)
     return tl.bitonic_merge(best, descending=True)
 
@@ -145,10 +149,10 @@ def _best_pairs(
     place = tl.arange(0, K_PADDED)
     best = _nothing(BLOCK_Q, K_PADDED)
     doubt = tl.program_id(0) * 0 + 1
-    for full in range(0, 2):
+    for full in range(2):
         if doubt > 0:
             best = _nothing(BLOCK_Q, K_PADDED)
-            for r in range(0, LOG_K + 1 + full * (k - LOG_K - 1)):
+            for r in range(LOG_K + 1 + full * (k - LOG_K - 1)):
                 level = tl.minimum(r, LOG_K)
                 a = full * r + (1 - full) * ((1 << level) - 1 + (place >> (LOG_K - level)))
                 b = full * place + (1 - full) * (place & ((K_PADDED >> level) - 1))
@@ -205,16 +209,14 @@ def topk_kernel(
     query += row // heads * stride_t + row % heads * stride_h
     first = _nothing(BLOCK_Q, K_PADDED)
     second = _nothing(BLOCK_Q, K_PADDED)
-    for half in range(0, 2):  # a loop, for sorting is much code
+    for half in range(2):  # a loop, for sorting is much code
         keys = keys1
         if half == 1:
             keys = keys2
         n = n1 + half * (n2 - n1)
         source = query + half * stride_half
         first = second
-        second = _best_sub_keys(
-            source, real, keys, n, d, WIDE, K_PADDED, BLOCK_Q, BLOCK_N, BLOCK_D, WHOLE
-        )
+        second = _best_sub_keys(source, real, keys, n, d, WIDE, K_PADDED, BLOCK_Q, BLOCK_N, BLOCK_D, WHOLE)
     best = _best_pairs(first, second, real, n2, k, K_PADDED, LOG_K, BLOCK_Q)
     place = tl.arange(0, K_PADDED)
     at = row[:, None] * k + place[None, :]
@@ -260,7 +262,7 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
             PER_HEAD=codebooks != 1 or keys1.dim() == 3,
             WIDE=query.dtype != keys1.dtype or query.dtype == torch.float32,
             K_PADDED=k_padded, LOG_K=k_padded.bit_length() - 1,
-            BLOCK_Q=BLOCK_Q, BLOCK_N=max(64 if whole else 32, k_padded), BLOCK_D=_columns(d, 128) if whole else 32, WHOLE=whole,
+            BLOCK_Q=BLOCK_Q, BLOCK_N=max(64 if whole else 32, k_padded), BLOCK_D=_columns(d, 128) if whole else 32, WHOLE=whole, **registers(),
         )  # fmt: skip
     return scores, indices
 
@@ -294,7 +296,7 @@ def query_grad_kernel(
     codebook = row % heads if PER_HEAD else row * 0
     first = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     second = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for c in range(0, k):
+    for c in range(k):
         grad = tl.load(grad_scores + row * k + c, mask=real, other=0.0).to(tl.float32)
         index = tl.load(indices + row * k + c, mask=real, other=0).to(tl.int32)
         i = index // n2
@@ -347,17 +349,15 @@ def key_parts_kernel(
             source = row // heads * stride_t + row % heads * stride_h + half_row % 2 * stride_half
             grad = tl.load(grad_scores + row * k + selection % k, mask=real, other=0.0).to(tl.float32)
             mask = real[:, None] & (column < d)[None, :]
-            total += grad[:, None] * tl.load(query + source[:, None] + column[None, :], mask=mask, other=0.0).to(
-                tl.float32
-            )
+            total += grad[:, None] * tl.load(
+                query + source[:, None] + column[None, :], mask=mask, other=0.0
+            ).to(tl.float32)
         at = part.to(tl.int64) * d + column
         tl.store(parts + at, tl.sum(total, 0), mask=column < d)
 
 
 @triton.jit
-def key_sum_kernel(
-    parts, part_starts, grad_keys1, grad_keys2, n1, n2, d, BLOCK_D: tl.constexpr
-):
+def key_sum_kernel(parts, part_starts, grad_keys1, grad_keys2, n1, n2, d, BLOCK_D: tl.constexpr):
     """The sum of a sub-key's parts, in order; zeros for a sub-key that has none."""
     chunks = tl.cdiv(d, BLOCK_D)
     sub_key = (tl.program_id(0) // chunks).to(tl.int64)
