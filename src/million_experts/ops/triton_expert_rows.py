@@ -16,8 +16,10 @@ from million_experts.ops.triton_launch import tuned
 # summed in parts of this length by many programs, and the parts are added in their order.
 PART = 256
 
-# One warp multiplies a token with a row, 256 columns at a time, so its sum has one order however many rows
-# are under way: 4 or 8 KiB a warp in float32. 16 rows would spill.
+# One warp multiplies a token with rows, so many columns at a time: with as few as two rows of the narrowest
+# numbers every lane has 16 bytes of a row, on AMD's 64 lanes too. So lanes share out the columns in the same
+# way, and a sum has the same order, however many rows are under way: 4 or 8 KiB of them in float32; 16 spill.
+DOTS_COLUMNS = 256
 DOTS_CONFIGS = [triton.Config({"ROWS": rows}, num_warps=1) for rows in (4, 8)]
 
 # A column's sum runs over the picks in their order, whatever these are: UNROLL rows are under way at a time.
@@ -229,11 +231,6 @@ def table_rows_kernel(
     _store_rows(values, i, columns, D, down, up, gate, R)
 
 
-def dots_columns(D: int) -> int:
-    """Columns that a warp multiplies at a time: a sum's order follows from it."""
-    return 128 if D <= 128 else 256
-
-
 class ByToken:
     """Each token meets its experts, wherever they lie."""
 
@@ -247,7 +244,7 @@ class ByToken:
         offsets = [slot * experts.stride(1) for slot in slots]
         dots_kernel[lambda config: (T * triton.cdiv(K, config["ROWS"] // len(slots)),)](
             source, experts, self.indices, out, T * K, K, D, experts.stride(0), offsets[0], offsets[-1],
-            TWO=len(slots) == 2, BLOCK_D=dots_columns(D),
+            TWO=len(slots) == 2, BLOCK_D=DOTS_COLUMNS,
         )  # fmt: skip
         return out
 
