@@ -1,4 +1,4 @@
-"""How many bytes the Triton kernels move, and how many must move: a model, for nobody had a GPU to measure on.
+"""How many bytes the Triton kernels move, and how many must move: a model, as long as no GPU measures.
 
     python -m million_experts.benchmarks.triton_traffic
 

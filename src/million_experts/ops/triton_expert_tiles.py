@@ -216,7 +216,8 @@ class ByTiles:
             for slot, place in zip(slots, out, strict=True):
                 tile_dots_kernel[grid](
                     some, experts, dense, len(some), N, D, experts.stride(0), slot * experts.stride(1),
-                    WIDE=wide, PRECISION=precision(), TILE_T=TILE_TOKENS, TILE_N=TILE_EXPERTS, DEPTH=DEPTH, **registers(),
+                    WIDE=wide, PRECISION=precision(), TILE_T=TILE_TOKENS, TILE_N=TILE_EXPERTS, DEPTH=DEPTH,
+                    **registers(),
                 )  # fmt: skip
                 torch.gather(dense, 1, indices, out=place[tokens])
         return out

@@ -27,7 +27,8 @@ def device_of(tensor: Tensor) -> Iterator[None]:
 def registers() -> dict[str, int]:
     """Option of a launch: as many registers as a kernel needs.
 
-    By itself NVIDIA's assembler spills a few of 130 to fit one more block on a processor. AMD's has no such option.
+    By itself NVIDIA's assembler spills a few of 130 to fit one more block on a processor. AMD's has no such
+    option.
     """
     if INTERPRETED or triton.runtime.driver.active.get_current_target().backend != "cuda":
         return {}

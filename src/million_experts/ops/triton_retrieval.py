@@ -1,9 +1,9 @@
-"""Product-key retrieval by Triton kernels: the k best of n1 * n2 sums, and the gradient of the winners' scores.
+"""Product-key retrieval by Triton kernels: the k best of n1 * n2 sums, and the gradient of their scores.
 
-Shapes as in `reference`. Forward is one kernel: no [T, H, n] scores, nothing between the sub-keys' scores and
-the winners goes through memory. A score and a position travel together as one 64-bit number whose order is the
-contract's: larger score first, NaN above all, and of equal scores the lowest position. `docs/kernels.md` has
-the rest.
+Shapes as in `reference`. Forward is one kernel: no [T, H, n] scores, nothing between the sub-keys' scores
+and the winners goes through memory. A score and a position travel together as one 64-bit number whose order
+is the contract's: larger score first, NaN above all, and of equal scores the lowest position.
+`docs/kernels.md` has the rest.
 """
 
 import torch
@@ -34,7 +34,7 @@ TOPK_CONFIGS = [
 
 
 def _usable(configs, named_arguments, **constants):
-    """Many winners need the registers of eight warps; else few warps do without spilling where depth is cut."""
+    """Many winners need the registers of eight warps; with few, slices of the depth would spill there."""
     if constants["K_PADDED"] > 32:
         return [c for c in configs if c.num_warps == 8]
     return configs if constants["WHOLE"] else [c for c in configs if c.num_warps == 4]
@@ -138,13 +138,13 @@ def _best_pairs(
 ):
     """[BLOCK_Q, K_PADDED] packed sums and experts, descending.
 
-    The pair (a, b) of ranks has (a + 1) * (b + 1) pairs at least as good, itself included, so that where this
-    is more than k it need not be looked at. Those left are looked at in LOG_K + 1 rounds of K_PADDED: in round
-    r the first rank goes from 2**r - 1 to 2 * (2**r - 1), and the second to K_PADDED / 2**r.
+    The pair (a, b) of ranks has (a + 1) * (b + 1) pairs at least as good, itself included, so that where
+    this is more than k it need not be looked at. Those left are looked at in LOG_K + 1 rounds of K_PADDED: in
+    round r the first rank goes from 2**r - 1 to 2 * (2**r - 1), and the second to K_PADDED / 2**r.
 
-    A pair left out may still round to the sum of the k-th best and have a lower position, and sums that are not
-    finite follow no order. The first pair left out of each rank tells. It is rare; then all pairs are looked at
-    in k rounds. One loop does both, for sorting is much code.
+    A pair left out may still round to the sum of the k-th best and have a lower position, and sums that are
+    not finite follow no order. The first pair left out of each rank tells. It is rare; then all pairs are
+    looked at in k rounds. One loop does both, for sorting is much code.
     """
     place = tl.arange(0, K_PADDED)
     best = _nothing(BLOCK_Q, K_PADDED)
@@ -258,16 +258,18 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
     whole = d <= 128
     with device_of(query):
         topk_kernel[triton.cdiv(rows, BLOCK_Q), codebooks](
-            query, keys1, keys2, scores, indices, rows, H, *query.stride()[:3], keys1.shape[-2], keys2.shape[-2], d, k,
+            query, keys1, keys2, scores, indices, rows, H, *query.stride()[:3], keys1.shape[-2],
+            keys2.shape[-2], d, k,
             PER_HEAD=codebooks != 1 or keys1.dim() == 3,
             WIDE=query.dtype != keys1.dtype or query.dtype == torch.float32,
             K_PADDED=k_padded, LOG_K=k_padded.bit_length() - 1,
-            BLOCK_Q=BLOCK_Q, BLOCK_N=max(64 if whole else 32, k_padded), BLOCK_D=_columns(d, 128) if whole else 32, WHOLE=whole, **registers(),
+            BLOCK_Q=BLOCK_Q, BLOCK_N=max(64 if whole else 32, k_padded),
+            BLOCK_D=_columns(d, 128) if whole else 32, WHOLE=whole, **registers(),
         )  # fmt: skip
     return scores, indices
 
 
-# --- backward ------------------------------------------------------------------------------------------------
+# --- backward ----------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -287,7 +289,7 @@ def query_grad_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """grad_query[row, half] = sum over the row's k winners of their gradient times their sub-key, in order."""
+    """grad_query[row, half] = sum over the row's winners of their gradient times their sub-key, in order."""
     chunks = tl.cdiv(d, BLOCK_D)
     row = (tl.program_id(0) // chunks).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     real = row < rows
@@ -403,7 +405,8 @@ def product_key_topk_backward(
         owners = torch.searchsorted(part_starts, torch.arange(most, device=query.device), right=True) - 1
         parts = query.new_empty(most, d, dtype=torch.float32)
         key_parts_kernel[(most * chunks,)](
-            grad_scores, query, order, starts, part_starts, owners, parts, sub_keys, H, *query.stride()[:3], d, k,
+            grad_scores, query, order, starts, part_starts, owners, parts, sub_keys, H,
+            *query.stride()[:3], d, k,
             PART=PART, BLOCK_P=32, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
         key_sum_kernel[(sub_keys * chunks,)](

@@ -1,4 +1,4 @@
-"""Every kernel, as it is launched, compiled for GPUs that are not there: none spills, none exceeds its target.
+"""Every kernel, as it is launched, compiled for GPUs that are not there: none spills or exceeds its target.
 
 `compile_kernels.py` compiles and reads the binaries; `launches.py` lists what is launched. A part of it is
 compiled by `make test`, all by `make test-slow`.

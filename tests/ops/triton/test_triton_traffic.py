@@ -125,9 +125,11 @@ def test_rowwise_adamw(by_row, dtype):
     zeros = torch.zeros(N, R, D)
     with triton_trace.record() as traces:
         triton_rowwise.rowwise_adamw(
-            zeros.to(dtype, copy=True), zeros.to(dtype, copy=True), torch.zeros(N, R) if by_row else zeros.clone(),
+            zeros.to(dtype, copy=True), zeros.to(dtype, copy=True),
+            torch.zeros(N, R) if by_row else zeros.clone(),
             torch.arange(N, dtype=torch.int32) % steps, torch.zeros(steps, 3, dtype=torch.float64), steps - 1,
-            torch.randperm(N)[:n], torch.ones(n, R, D, dtype=dtype), None, None, 1e-3, (0.9, 0.99), 1e-8, 0.0, 1,
+            torch.randperm(N)[:n], torch.ones(n, R, D, dtype=dtype), None, None, 1e-3, (0.9, 0.99), 1e-8,
+            0.0, 1,
         )  # fmt: skip
     size = dtype.itemsize
     (trace,) = traces["adamw_kernel"]

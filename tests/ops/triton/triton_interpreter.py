@@ -2,8 +2,8 @@
 
 - It cuts float32 to bfloat16 where GPUs round to the nearest, and multiplies the bits of bfloat16 matrices as
   if they were integers.
-- It patches the language again for each call of a function inside a kernel, and reduces by `xor`, which sorting
-  is made of, one number at a time in Python.
+- It patches the language again for each call of a function inside a kernel, and reduces by `xor`, which
+  sorting is made of, one number at a time in Python.
 - A comparison of scalars that is spread over a block becomes integers there, which are no mask.
 - It copies every tensor's storage onto itself, which would fill gigabytes that are only addressed.
 """
