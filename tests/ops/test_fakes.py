@@ -32,7 +32,19 @@ def layer() -> tuple:
     norm = [torch.ones(H * 2 * d) for _ in range(4)]
     keys = torch.randn(n1, d), torch.randn(n2, d)
     table = torch.randn(n1 * n2, R, D)
-    return torch.randn(T, D), torch.randn(H * 2 * d, D), "batch", norm, 1e-5, *keys, table, H, k, "softmax", "gelu"
+    return (
+        torch.randn(T, D),
+        torch.randn(H * 2 * d, D),
+        "batch",
+        norm,
+        1e-5,
+        *keys,
+        table,
+        H,
+        k,
+        "softmax",
+        "gelu",
+    )
 
 
 def _calls(dtype: torch.dtype) -> dict[str, tuple]:
@@ -41,7 +53,10 @@ def _calls(dtype: torch.dtype) -> dict[str, tuple]:
     x, picks, gates, table = experts(dtype)
     mask = torch.tensor([True, False, True, True, False])
     pre = reference_mlp(x, picks, gates, table, "gelu")[1]
-    weight, mean = torch.ones(D), torch.zeros(D, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    weight, mean = (
+        torch.ones(D),
+        torch.zeros(D, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
+    )
     needs = [True, False, True]
     return {
         "product_key_topk": (query, keys1, keys2, k),
@@ -86,7 +101,9 @@ def test_how_many_rows_are_touched_is_unknown_without_numbers():
     pre = reference_mlp(x, picks, gates, table, "gelu")[1]
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         fakes = [mode.from_tensor(t) for t in (x, x, picks, gates, table, pre)]
-        *grads, rows, values = OPERATIONS.expert_mlp_touched_backward(*fakes, None, "gelu", [True, True], "triton")
+        *grads, rows, values = OPERATIONS.expert_mlp_touched_backward(
+            *fakes, None, "gelu", [True, True], "triton"
+        )
     assert forms(grads) == [(x.shape, x.dtype), (gates.shape, gates.dtype)]
     assert rows.dtype == torch.int64
     assert isinstance(rows.shape[0], torch.SymInt)

@@ -1,9 +1,9 @@
-"""How many bytes the Triton kernels move, and how many must move: a model, for there was no GPU to measure on.
+"""How many bytes the Triton kernels move, and how many must move: a model, for nobody had a GPU to measure on.
 
     python -m million_experts.benchmarks.triton_traffic
 
-prints the table of `docs/kernels.md`. What a kernel loads and stores is written down here tensor by tensor, and
-`tests/benchmarks/test_triton_traffic.py` compares it with what the kernels do in Triton's interpreter.
+prints the table of `docs/kernels.md`. What a kernel loads and stores is written down here tensor by tensor;
+`tests/ops/triton/test_triton_traffic.py` compares it with what the kernels do in Triton's interpreter.
 
 Shapes: T tokens, K experts a token, P = T*K pairs, N experts of R rows of D numbers; retrieval as in
 `ops.reference`. All sizes in bytes.
@@ -117,7 +117,7 @@ def _split(width: int, block: int) -> int:
     return -(-width // block)
 
 
-# --- the experts, token by token -----------------------------------------------------------------------------
+# --- the experts, token by token ----------------------------------------------------------------------------
 
 
 def dots(picks: Picks, T: int, D: int, slots: int, x: int, table: int, block_k: int) -> Accesses:
@@ -172,7 +172,7 @@ def table_rows(tokens: Picks, M: int, D: int, R: int, x: int, out: int, block_d:
     ]
 
 
-# --- the experts, in tiles -----------------------------------------------------------------------------------
+# --- the experts, in tiles ----------------------------------------------------------------------------------
 
 
 def tile_dots(T: int, N: int, D: int, x: int, table: int, tile: int) -> Accesses:
@@ -215,7 +215,7 @@ def tile_table(T: int, N: int, D: int, x: int, parts: int, tile: int) -> Accesse
     ]
 
 
-# --- retrieval -----------------------------------------------------------------------------------------------
+# --- retrieval ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def key_sum(s: Retrieval, counts: np.ndarray, part: int, block_d: int) -> Access
     ]
 
 
-# --- the optimiser -------------------------------------------------------------------------------------------
+# --- the optimiser ------------------------------------------------------------------------------------------
 
 
 def adamw(
@@ -316,7 +316,7 @@ def adamw(
     ]
 
 
-# --- standard shapes -----------------------------------------------------------------------------------------
+# --- standard shapes ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ def _row(shape: str, kernel: str, accesses: Iterable[Stream | Gather]) -> Row:
 
 
 def _by_token(shape: str, T: int, K: int, N: int, D: int, R: int, size: int) -> Iterable[Row]:
-    """All of x, gates and table in `size` bytes a number; experts drawn uniformly, which shares them least."""
+    """x, gates and table in `size` bytes a number; experts drawn uniformly, which shares them least."""
     drawn = np.random.default_rng(0).integers(0, N, (T, K))
     picks = Picks(drawn)
     yield _row(shape, "dots, forward", dots(picks, T, D, R - 1, size, size, 4))

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from million_experts.ops.reference import SCRATCH_BYTES
-from million_experts.ops.triton_launch import INTERPRETED, tuned
+from million_experts.ops.triton_launch import INTERPRETED, registers, tuned
 
 # Tokens, experts or columns of a tile, and how many products are summed at a time.
 TILE_TOKENS = 64
@@ -216,7 +216,7 @@ class ByTiles:
             for slot, place in zip(slots, out, strict=True):
                 tile_dots_kernel[grid](
                     some, experts, dense, len(some), N, D, experts.stride(0), slot * experts.stride(1),
-                    WIDE=wide, PRECISION=precision(), TILE_T=TILE_TOKENS, TILE_N=TILE_EXPERTS, DEPTH=DEPTH,
+                    WIDE=wide, PRECISION=precision(), TILE_T=TILE_TOKENS, TILE_N=TILE_EXPERTS, DEPTH=DEPTH, **registers(),
                 )  # fmt: skip
                 torch.gather(dense, 1, indices, out=place[tokens])
         return out

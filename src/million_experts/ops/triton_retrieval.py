@@ -13,24 +13,31 @@ from torch import Tensor
 
 from million_experts.ops import reference
 from million_experts.ops.reference import accumulation_dtype
-from million_experts.ops.triton_launch import INTERPRETED, device_of
+from million_experts.ops.triton_launch import INTERPRETED, device_of, registers
 
 # What the kernels do not take goes to the reference: more winners a head than stay in registers, more experts
 # than 32 bits count, and float64, which is there for `gradcheck`.
-MOST_K = 256
+MOST_K = 64
 MOST_EXPERTS = 2**31
+
+# Queries of a program: what tensor cores take at least. With 32 masks of AMD's compiler spill.
+BLOCK_Q = 16
 
 # Selections of one sub-key that a program sums. Fixed, because the order of summation follows from it.
 PART = 512
 
 
 # Warps and stages move no sum into another order: whatever is chosen, the bits are the same.
-TOPK_CONFIGS = [triton.Config({}, num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (2, 3)]
+TOPK_CONFIGS = [
+    triton.Config({}, num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (2, 3)
+]
 
 
 def _usable(configs, named_arguments, **constants):
-    """Many winners need the registers of eight warps."""
-    return [c for c in configs if c.num_warps == 8] if constants["K_PADDED"] > 32 else configs
+    """Many winners need the registers of eight warps; else few warps do without spilling where depth is cut."""
+    if constants["K_PADDED"] > 32:
+        return [c for c in configs if c.num_warps == 8]
+    return configs if constants["WHOLE"] else [c for c in configs if c.num_warps == 4]
 
 
 @triton.jit
@@ -82,7 +89,7 @@ def _best_sub_keys(
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WHOLE: tl.constexpr,  # d <= BLOCK_D: queries are read once
+    WHOLE: tl.constexpr,  # a query half fits in BLOCK_D, and is read once
 ):
     """[BLOCK_Q, K_PADDED] packed scores and positions, descending."""
     depth = tl.arange(0, BLOCK_D)
@@ -108,7 +115,9 @@ def _best_sub_keys(
                 scores = tl.dot(
                     _widen(part, WIDE), tl.trans(_widen(codes, WIDE)), scores, input_precision="ieee"
                 )
-        packed = tl.where((position < n)[None, :], _pack(scores, position[None, :]), _nothing(BLOCK_Q, BLOCK_N))
+        packed = tl.where(
+            (position < n)[None, :], _pack(scores, position[None, :]), _nothing(BLOCK_Q, BLOCK_N)
+        )
         best = _merge(best, packed, K_PADDED)
     return tl.bitonic_merge(best, descending=True)
 
@@ -132,33 +141,31 @@ def _best_pairs(
     The pair (a, b) of ranks has (a + 1) * (b + 1) pairs at least as good, itself included, so that where this
     is more than k it need not be looked at. Those left are looked at in LOG_K + 1 rounds of K_PADDED: in round
     r the first rank goes from 2**r - 1 to 2 * (2**r - 1), and the second to K_PADDED / 2**r.
+
+    A pair left out may still round to the sum of the k-th best and have a lower position, and sums that are not
+    finite follow no order. The first pair left out of each rank tells. It is rare; then all pairs are looked at
+    in k rounds. One loop does both, for sorting is much code.
     """
     place = tl.arange(0, K_PADDED)
     best = _nothing(BLOCK_Q, K_PADDED)
-    for r in tl.static_range(LOG_K + 1):
-        a = (1 << r) - 1 + (place >> (LOG_K - r))
-        b = place & ((K_PADDED >> r) - 1)
-        candidates = _sums(first, second, a, b, (a + 1) * (b + 1) <= k, n2, BLOCK_Q, K_PADDED)
-        best = _merge(best, candidates, K_PADDED)
-    best = tl.bitonic_merge(best, descending=True)
-
-    # A pair left out may still round to the sum of the k-th best and have a lower position, and sums that are
-    # not finite follow no order. The first pair left out of each rank tells: rare, so all pairs are looked at.
-    last = tl.sum(tl.where((place == k - 1)[None, :], best >> 32, 0), 1)
-    left_out = k // (place + 1)
-    close = _sums(first, second, place, left_out, (place < k) & (left_out < k), n2, BLOCK_Q, K_PADDED)
-    close_enough = (close >> 32) >= last[:, None]
-    infinity = float("inf")
-    finite = (tl.abs(_score(first)) < infinity) & (tl.abs(_score(second)) < infinity)  # false for NaN
-    doubt = (close_enough & (close != _nothing(BLOCK_Q, K_PADDED))) | ((place < k)[None, :] & (finite == 0))
-    doubt = (doubt & real[:, None]).to(tl.int32)
-    if tl.max(tl.max(doubt, 1), 0) > 0:
-        best = _nothing(BLOCK_Q, K_PADDED)
-        for rank in range(0, k):
-            ranks = tl.zeros((K_PADDED,), tl.int32) + rank
-            pairs = _sums(first, second, ranks, place, place < k, n2, BLOCK_Q, K_PADDED)
-            best = _merge(best, pairs, K_PADDED)
-        best = tl.bitonic_merge(best, descending=True)
+    doubt = tl.program_id(0) * 0 + 1
+    for full in range(2):
+        if doubt > 0:
+            best = _nothing(BLOCK_Q, K_PADDED)
+            for r in range(LOG_K + 1 + full * (k - LOG_K - 1)):
+                level = tl.minimum(r, LOG_K)
+                a = full * r + (1 - full) * ((1 << level) - 1 + (place >> (LOG_K - level)))
+                b = full * place + (1 - full) * (place & ((K_PADDED >> level) - 1))
+                allowed = (b < k) & ((a + 1) * (b + 1) <= k + full * k * k)
+                best = _merge(best, _sums(first, second, a, b, allowed, n2, BLOCK_Q, K_PADDED), K_PADDED)
+            best = tl.bitonic_merge(best, descending=True)
+            last = tl.sum(tl.where((place == k - 1)[None, :], best >> 32, 0), 1)
+            left_out = k // (place + 1)
+            real_pair = (place < k) & (left_out < k)
+            close = _sums(first, second, place, left_out, real_pair, n2, BLOCK_Q, K_PADDED)
+            endless = (tl.abs(_score(first)) < float("inf")) & (tl.abs(_score(second)) < float("inf")) == 0
+            unsure = real_pair[None, :] & ((close >> 32) >= last[:, None]) | (place < k)[None, :] & endless
+            doubt = tl.max(tl.max((unsure & real[:, None]).to(tl.int32), 1), 0)
     return best
 
 
@@ -200,9 +207,16 @@ def topk_kernel(
         keys1 += codebook * n1 * d
         keys2 += codebook * n2 * d
     query += row // heads * stride_t + row % heads * stride_h
-    first = _best_sub_keys(query, real, keys1, n1, d, WIDE, K_PADDED, BLOCK_Q, BLOCK_N, BLOCK_D, WHOLE)
-    query += stride_half
-    second = _best_sub_keys(query, real, keys2, n2, d, WIDE, K_PADDED, BLOCK_Q, BLOCK_N, BLOCK_D, WHOLE)
+    first = _nothing(BLOCK_Q, K_PADDED)
+    second = _nothing(BLOCK_Q, K_PADDED)
+    for half in range(2):  # a loop, for sorting is much code
+        keys = keys1
+        if half == 1:
+            keys = keys2
+        n = n1 + half * (n2 - n1)
+        source = query + half * stride_half
+        first = second
+        second = _best_sub_keys(source, real, keys, n, d, WIDE, K_PADDED, BLOCK_Q, BLOCK_N, BLOCK_D, WHOLE)
     best = _best_pairs(first, second, real, n2, k, K_PADDED, LOG_K, BLOCK_Q)
     place = tl.arange(0, K_PADDED)
     at = row[:, None] * k + place[None, :]
@@ -231,6 +245,8 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
         return reference.product_key_topk(query, keys1, keys2, k)
     T, H, _, d = query.shape
     query, keys1, keys2 = _rows_together(query), keys1.contiguous(), keys2.contiguous()
+    if keys1.dtype != keys2.dtype:
+        keys1, keys2 = keys1.float(), keys2.float()
     scores = query.new_empty(T, H, k, dtype=torch.float32)
     indices = query.new_empty(T, H, k, dtype=torch.int64)
     if T * H == 0:
@@ -238,15 +254,15 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
     codebooks = 1 if keys1.dim() == 2 else H
     rows = T * H // codebooks
     k_padded = max(2, triton.next_power_of_2(k))
-    block_q = 32 if k_padded <= 32 else 16
-    block_d = _columns(d, 128)
+    # A deeper codebook comes in thin slices: wide ones beside the best k do not fit in registers.
+    whole = d <= 128
     with device_of(query):
-        topk_kernel[triton.cdiv(rows, block_q), codebooks](
+        topk_kernel[triton.cdiv(rows, BLOCK_Q), codebooks](
             query, keys1, keys2, scores, indices, rows, H, *query.stride()[:3], keys1.shape[-2], keys2.shape[-2], d, k,
             PER_HEAD=codebooks != 1 or keys1.dim() == 3,
-            WIDE=not query.dtype == keys1.dtype == keys2.dtype or query.dtype == torch.float32,
+            WIDE=query.dtype != keys1.dtype or query.dtype == torch.float32,
             K_PADDED=k_padded, LOG_K=k_padded.bit_length() - 1,
-            BLOCK_Q=block_q, BLOCK_N=max(64, k_padded), BLOCK_D=block_d, WHOLE=d <= block_d,
+            BLOCK_Q=BLOCK_Q, BLOCK_N=max(64 if whole else 32, k_padded), BLOCK_D=_columns(d, 128) if whole else 32, WHOLE=whole, **registers(),
         )  # fmt: skip
     return scores, indices
 
@@ -280,7 +296,7 @@ def query_grad_kernel(
     codebook = row % heads if PER_HEAD else row * 0
     first = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     second = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for c in range(0, k):
+    for c in range(k):
         grad = tl.load(grad_scores + row * k + c, mask=real, other=0.0).to(tl.float32)
         index = tl.load(indices + row * k + c, mask=real, other=0).to(tl.int32)
         i = index // n2
@@ -333,17 +349,15 @@ def key_parts_kernel(
             source = row // heads * stride_t + row % heads * stride_h + half_row % 2 * stride_half
             grad = tl.load(grad_scores + row * k + selection % k, mask=real, other=0.0).to(tl.float32)
             mask = real[:, None] & (column < d)[None, :]
-            total += grad[:, None] * tl.load(query + source[:, None] + column[None, :], mask=mask, other=0.0).to(
-                tl.float32
-            )
+            total += grad[:, None] * tl.load(
+                query + source[:, None] + column[None, :], mask=mask, other=0.0
+            ).to(tl.float32)
         at = part.to(tl.int64) * d + column
         tl.store(parts + at, tl.sum(total, 0), mask=column < d)
 
 
 @triton.jit
-def key_sum_kernel(
-    parts, part_starts, grad_keys1, grad_keys2, n1, n2, d, BLOCK_D: tl.constexpr
-):
+def key_sum_kernel(parts, part_starts, grad_keys1, grad_keys2, n1, n2, d, BLOCK_D: tl.constexpr):
     """The sum of a sub-key's parts, in order; zeros for a sub-key that has none."""
     chunks = tl.cdiv(d, BLOCK_D)
     sub_key = (tl.program_id(0) // chunks).to(tl.int64)

@@ -39,8 +39,7 @@ def _round_to(x, dtype: tl.constexpr, bits, STOCHASTIC: tl.constexpr):
         raw = x.to(tl.uint32, bitcast=True)
         moved = ((raw + bits) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         return tl.where((raw & 0x7F800000) != 0x7F800000, moved, x.to(tl.bfloat16))
-    else:
-        return x.to(dtype)
+    return x.to(dtype)
 
 
 @triton.jit(do_not_specialize=["step", "missed_to", "key"])
@@ -115,7 +114,9 @@ def adamw_kernel(
                 root = tl.div_rn(tl.sqrt_rn(v), root_scale) + eps
                 p -= tl.div_rn(rate * m, root)
             bits = _random_bits(key.to(tl.uint64), row, r * D + column)
-            tl.store(exp_avg + at, _round_to(m, exp_avg.dtype.element_ty, bits & 0xFFFF, STOCHASTIC), mask=mask)
+            tl.store(
+                exp_avg + at, _round_to(m, exp_avg.dtype.element_ty, bits & 0xFFFF, STOCHASTIC), mask=mask
+            )
             tl.store(table + at, _round_to(p, table.dtype.element_ty, bits >> 16, STOCHASTIC), mask=mask)
             if BY_ROW:
                 tl.store(exp_avg_sq + row * R + r, v)

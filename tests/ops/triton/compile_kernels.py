@@ -74,7 +74,9 @@ def needs(name: str, kernel, target: str) -> dict[str, Any]:
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     # A kernel keeps in its stack what does not fit in registers.
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
     return result | {

@@ -32,23 +32,25 @@ def _rowwise(D: int, R: int, table, momentum, values, by_row: bool, gathered: bo
         torch.zeros(10, 3, dtype=torch.float64),
     )
     options = 1e-3, (0.9, 0.99), 1e-8, 0.1, key
-    places, starts = (torch.zeros(n, dtype=whole), torch.zeros(n + 1, dtype=whole)) if gathered else (None, None)
+    places, starts = (
+        (torch.zeros(n, dtype=whole), torch.zeros(n + 1, dtype=whole)) if gathered else (None, None)
+    )
     rows = torch.zeros(n, dtype=whole)
-    triton_rowwise.rowwise_adamw(*state, 7, rows, torch.empty(n, R, D, dtype=values), places, starts, *options)
+    triton_rowwise.rowwise_adamw(
+        *state, 7, rows, torch.empty(n, R, D, dtype=values), places, starts, *options
+    )
     triton_rowwise.rowwise_adamw(*state, 7, None, None, None, None, *options)
 
 
 def _cases() -> Iterator[tuple]:
-    for k in (1, 16, 32, 64, 256):
-        for query, keys in ((f32, f32), (bf16, bf16), (f16, f16), (bf16, f32)):
-            for d in (64, 128, 200):
-                for shared in (True, False):
-                    usual = d == 64 and shared
-                    if not usual and (k not in (16, 256) or query != keys):
-                        continue
-                    quick = usual and k == 16 and query == keys == bf16
-                    name = f"retrieval k={k} d={d} {query} {keys} shared={shared}"
-                    yield name, quick, lambda a=(k, d, query, keys, shared, 1024): _retrieval(*a)
+    usual = [
+        (k, 64, *pair, True) for k in (1, 16, 32, 64) for pair in ((f32, f32), (bf16, bf16), (bf16, f32))
+    ]
+    wide = [(k, d, t, t, d == 128) for k in (16, 64) for d in (128, 200) for t in (f32, bf16)]
+    for k, d, query, keys, shared in (*usual, (16, 64, f16, f16, False), *wide):
+        name = f"retrieval k={k} d={d} {query} {keys} shared={shared}"
+        quick = (k, d, query, keys) == (16, 64, bf16, bf16)
+        yield name, quick, lambda a=(k, d, query, keys, shared, 1024): _retrieval(*a)
     sizes = ((64, 2), (256, 2), (256, 3), (1000, 2), (8192, 2), (8192, 3))
     forms = (
         (f32, f32, f32, False, False, None),

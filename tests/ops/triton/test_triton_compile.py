@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 HERE = Path(__file__).parent
-MODULES = ("triton_experts", "triton_expert_rows", "triton_expert_tiles", "triton_retrieval", "triton_rowwise")
+MODULES = (
+    "triton_experts",
+    "triton_expert_rows",
+    "triton_expert_tiles",
+    "triton_retrieval",
+    "triton_rowwise",
+)
 # Threads of a warp; registers of a thread and of all threads that share them; bytes of shared memory a block.
 LIMITS = {
     "sm_80": (32, 255, 65536, 163 * 1024),
@@ -61,14 +68,15 @@ def all_kernels() -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("target", LIMITS)
-def test_usual_launches_fit(target):
-    results = compile_for(target, "--quick")
-    check(results)
-    assert {result["kernel"] for result in results} == all_kernels()
+def test_usual_launches_fit():
+    with ThreadPoolExecutor(2) as pool:
+        for results in pool.map(lambda target: compile_for(target, "--quick"), LIMITS):
+            check(results)
+            assert {result["kernel"] for result in results} == all_kernels()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("target", LIMITS)
 def test_every_launch_fits(target):
     results = compile_for(target)

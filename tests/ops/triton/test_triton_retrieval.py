@@ -85,7 +85,7 @@ def cases(draw: st.DrawFn) -> tuple[Inputs, int, bool]:
     return inputs, draw(st.one_of(st.integers(1, min(n1, n2)), st.just(min(n1, n2)))), whole
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(case=cases(), gaps=st.booleans())
 def test_equals_the_reference(case, gaps, assert_close, spread_out):
     inputs, k, whole = case
@@ -96,7 +96,7 @@ def test_equals_the_reference(case, gaps, assert_close, spread_out):
 
 
 # Codebooks of several tiles, tiles that are not full, depths of several tiles, many winners.
-SIZES = [(130, 70, 4, 5), (65, 64, 150, 16), (128, 129, 3, 33), (70, 200, 2, 70), (3, 300, 16, 3), (150, 140, 1, 130)]
+SIZES = [(130, 70, 4, 5), (65, 33, 150, 16), (70, 100, 2, 64), (3, 200, 16, 3)]
 
 
 @pytest.mark.parametrize(("n1", "n2", "d", "k"), SIZES)
@@ -249,7 +249,7 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference(what, monkeypatch, a
     inputs = make_inputs(0, n1=4, n2=4, d=2, whole=True)
     if what == "float64":
         inputs = (inputs[0].double(), *inputs[1:])
-    monkeypatch.setattr(kernels, "MOST_K", 1 if what == "winners" else 256)
+    monkeypatch.setattr(kernels, "MOST_K", 1 if what == "winners" else 64)
     monkeypatch.setattr(kernels, "MOST_EXPERTS", 16 if what == "experts" else 2**31)
     monkeypatch.setattr(kernels, "topk_kernel", None)
     monkeypatch.setattr(kernels, "query_grad_kernel", None)

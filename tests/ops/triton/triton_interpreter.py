@@ -93,7 +93,9 @@ def _sorted(x: tl.tensor, descending: bool, count: int) -> tl.tensor:
 
 def _quick_merge(x: tl.tensor, dim: int | None = None, descending: bool = False) -> tl.tensor:
     """Sorts; refuses what is not bitonic, for there a merge would not."""
-    signs = np.sign(np.diff(x.handle.data.astype(object), axis=-1, append=x.handle.data[..., :1].astype(object)))
+    signs = np.sign(
+        np.diff(x.handle.data.astype(object), axis=-1, append=x.handle.data[..., :1].astype(object))
+    )
     for row in signs.reshape(-1, signs.shape[-1]):
         turns = [sign for sign in row if sign]
         changes = sum(a != b for a, b in zip(turns, turns[1:] + turns[:1], strict=True))
