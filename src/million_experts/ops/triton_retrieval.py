@@ -264,7 +264,8 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
             WIDE=query.dtype != keys1.dtype or query.dtype == torch.float32,
             K_PADDED=k_padded, LOG_K=k_padded.bit_length() - 1,
             BLOCK_Q=BLOCK_Q, BLOCK_N=max(64 if whole else 32, k_padded),
-            BLOCK_D=_columns(d, 128) if whole else 32, WHOLE=whole, **registers(),
+            BLOCK_D=_columns(d, 128) if whole else 32, WHOLE=whole,
+            **(registers() if k_padded <= 32 else {}),
         )  # fmt: skip
     return scores, indices
 

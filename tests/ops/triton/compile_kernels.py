@@ -4,8 +4,8 @@
 
 Run without TRITON_INTERPRET. The launchers are called with tensors of the CPU; a launch compiles the kernel
 for the target, once for each configuration that autotuning may choose (`--quick`: for the first), and runs
-nothing. So what is compiled is what users get: types, divisibility, constants and configurations come from the
-launchers themselves.
+nothing. So what is compiled is what users get: types, divisibility, constants and configurations come from
+the launchers themselves.
 
 Prints a JSON list of the dicts of `needs`.
 """
