@@ -378,12 +378,12 @@ def _retrieval(shape: str, s: Retrieval) -> Iterable[Row]:
     yield _row(shape, "topk", topk(s, 32, 64, s.d <= 128))
     if s.T == 1:
         return
-    yield _row(shape, "query_grad", query_grad(s, indices, SUM, 128))
+    yield _row(shape, "query_grad", query_grad(s, indices, SUM, 64))
     picks = np.stack([indices // s.n2, s.n1 + indices % s.n2], 2).ravel()
     counts = np.bincount(picks, minlength=s.n1 + s.n2)
     order = np.argsort(picks, kind="stable")
-    yield _row(shape, "key_parts", key_parts(s, order, counts, SUM, 512, 128))
-    yield _row(shape, "key_sum", key_sum(s, counts, 512, 128))
+    yield _row(shape, "key_parts", key_parts(s, order, counts, SUM, 512, 64))
+    yield _row(shape, "key_sum", key_sum(s, counts, 512, 64))
 
 
 def standard() -> list[Row]:

@@ -265,7 +265,7 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
             K_PADDED=k_padded, LOG_K=k_padded.bit_length() - 1,
             BLOCK_Q=BLOCK_Q, BLOCK_N=max(64 if whole else 32, k_padded),
             BLOCK_D=_columns(d, 128) if whole else 32, WHOLE=whole,
-            **(registers() if k_padded <= 32 else {}),
+            **(registers() if k_padded <= 32 and query.dtype == keys1.dtype != torch.float32 else {}),
         )  # fmt: skip
     return scores, indices
 
@@ -390,7 +390,7 @@ def product_key_topk_backward(
     if T * H == 0 or d == 0:
         return grad_query, grad_keys1.zero_(), grad_keys2.zero_()
     per_head = keys1.dim() == 3
-    block_d = _columns(d, 128)
+    block_d = _columns(d, 64)
     chunks = triton.cdiv(d, block_d)
     with device_of(query):
         query_grad_kernel[(triton.cdiv(T * H, 8) * chunks,)](
