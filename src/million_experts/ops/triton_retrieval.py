@@ -343,8 +343,8 @@ def key_parts_kernel(
         begin = tl.load(starts + owner) + (part - tl.load(part_starts + owner)) * PART
         end = tl.minimum(begin + PART, tl.load(starts + owner + 1))
         total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-        for start in range(0, PART, BLOCK_P):
-            at = begin + start + tl.arange(0, BLOCK_P)
+        for start in range(begin, end, BLOCK_P):
+            at = start + tl.arange(0, BLOCK_P)
             real = at < end
             selection = tl.load(order + at, mask=real, other=0)
             half_row = selection // k
@@ -408,7 +408,7 @@ def product_key_topk_backward(
         key_parts_kernel[(most * chunks,)](
             grad_scores, query, order, starts, part_starts, owners, parts, sub_keys, H,
             *query.stride()[:3], d, k,
-            PART=PART, BLOCK_P=32, BLOCK_D=block_d, num_warps=4,
+            PART=PART, BLOCK_P=16, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
         key_sum_kernel[(sub_keys * chunks,)](
             parts, part_starts, grad_keys1, grad_keys2, n1, n2, d, BLOCK_D=block_d, num_warps=1
