@@ -13,7 +13,7 @@ INSTALL := $(PIP) install --no-deps --no-build-isolation --config-settings=build
 # A compiler that reports an error stops `make`; only where there is none the package goes without kernels.
 export MILLION_EXPERTS_NEED_KERNELS := $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++),1)
 
-.PHONY: help train bench bench-check test test-slow sanitize lint format wheel clean
+.PHONY: help train bench bench-check bench-gpu test test-slow test-gpu sanitize lint format wheel clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,11 +37,17 @@ bench: $(VENV)/.installed ## Measure the layer beside others: time and peak memo
 bench-check: $(VENV)/.installed ## Fail when a ratio got more than 25 % worse than the committed results
 	$(BIN)/million-experts bench --check docs/results/bench
 
+bench-gpu: $(VENV)/.installed ## Time the Triton kernels on a GPU; ends in a block to paste into an issue
+	@$(BIN)/python -m million_experts.benchmarks.gpu
+
 test: lint ## Lint, check types, run the tests (some minutes)
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed ## Run what takes longer: the README's training commands, many kills of a run
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.installed ## Run the Triton kernels on a GPU against the reference (elsewhere skipped, with the reason)
+	$(BIN)/python -m pytest -rs tests/gpu
 
 sanitize: $(VENV)/.installed ## Run the kernels under the address and undefined-behaviour sanitizers (needs gcc)
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir $(BUILD)-sanitize/wheel \

@@ -301,14 +301,16 @@ def info(
     table.add_row("million-experts", million_experts.__version__)
     table.add_row("python", platform.python_version())
     table.add_row("torch", torch.__version__)
-    for package in ("transformers", "tokenizers", "datasets", "accelerate", "numpy"):
+    for package in ("transformers", "tokenizers", "datasets", "accelerate", "numpy", "triton"):
         table.add_row(package, _version(package))
     table.add_row(
         "processor", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
     table.add_row("cuda", torch.cuda.get_device_name() if torch.cuda.is_available() else "not available")
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for name, reason in available_backends().items():
-        chosen = " (auto takes it)" if name == resolve_backend("auto") else ""
+        taken = [device for device in devices if resolve_backend("auto", device) == name]
+        chosen = f" (auto takes it on {' and '.join(taken)})" if taken else ""
         table.add_row(f"backend {name}", f"runs{chosen}" if reason is None else f"does not run: {reason}")
     if available_backends()["cpu"] is None:
         from million_experts.ops import cpu

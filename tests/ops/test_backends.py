@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from million_experts import PEER
-from million_experts.ops import available_backends, expert_mlp, product_key_topk, resolve_backend
+from million_experts.ops import available_backends, backends, expert_mlp, product_key_topk, resolve_backend
+from million_experts.ops.backends import BackendError
 
 QUERY, KEYS = torch.randn(3, 1, 2, 4), torch.randn(5, 4)
 X, INDICES, GATES, EXPERTS = (
@@ -20,10 +21,10 @@ X, INDICES, GATES, EXPERTS = (
 
 
 def test_available_backends_are_named_with_reasons():
-    backends = available_backends()
-    assert list(backends) == ["reference", "cpu", "triton"]
-    assert backends["reference"] is None
-    assert all(reason is None or (isinstance(reason, str) and reason) for reason in backends.values())
+    reasons = available_backends()
+    assert list(reasons) == ["reference", "cpu", "triton"]
+    assert reasons["reference"] is None
+    assert all(reason is None or (isinstance(reason, str) and reason) for reason in reasons.values())
 
 
 def test_auto_takes_one_that_runs():
@@ -42,7 +43,8 @@ def test_a_backend_by_name_runs_or_says_why_it_cannot(name):
     if reason is None:
         assert [call() for call in calls] == [name, (3, 1, 2), (3, 4), name]
     else:
-        message = rf"backend '{name}' cannot run here: {re.escape(reason)}; .* run here: (cpu, )?reference$"
+        others = "run here: (triton, )?(cpu, )?reference$"
+        message = rf"backend '{name}' cannot run here: {re.escape(reason)}; .* {others}"
         for call in calls:
             with pytest.raises(RuntimeError, match=message):
                 call()
@@ -59,3 +61,51 @@ def test_an_unknown_backend_is_refused(name):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.fixture
+def gpu_machine(monkeypatch):
+    """As if there were a GPU, and Triton to run on it."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delitem(backends._UNAVAILABLE, "triton", raising=False)
+    return monkeypatch
+
+
+def test_auto_takes_triton_on_gpus_alone(gpu_machine):
+    assert available_backends()["triton"] is None
+    assert resolve_backend("auto", "cuda") == resolve_backend("triton", "cuda") == "triton"
+    assert resolve_backend("triton", "meta") == "triton"
+    assert resolve_backend("auto", "cpu") != "triton"
+    with pytest.raises(BackendError, match="backend 'triton' does not take tensors on cpu; use 'auto'"):
+        resolve_backend("triton", "cpu")
+    PEER(4, 16, 1, 2, 4, backend="triton")  # may move to a GPU later
+
+
+def test_auto_never_takes_the_interpreter(gpu_machine):
+    gpu_machine.setenv("TRITON_INTERPRET", "1")
+    assert resolve_backend("auto", "cuda") == "reference"
+    assert resolve_backend("auto", "cpu") != "triton"
+    assert resolve_backend("triton", "cpu") == "triton"
+
+
+def test_why_triton_does_not_run(gpu_machine):
+    gpu_machine.setattr(torch.cuda, "is_available", lambda: False)
+    assert re.match(
+        r"no GPU that CUDA or ROCm reaches; with TRITON_INTERPRET=1", available_backends()["triton"]
+    )
+    assert resolve_backend("auto", "cuda") == "reference"
+    gpu_machine.setitem(backends._UNAVAILABLE, "triton", "the package triton is not installed")
+    with pytest.raises(BackendError, match=r"cannot run here: the package triton is not installed; backends"):
+        resolve_backend("triton", "cuda")
+
+
+def test_an_old_triton_is_named_as_the_reason(gpu_machine):
+    gpu_machine.setattr(backends, "_IMPLEMENTATIONS", {"reference": None})
+
+    def fail(name):
+        raise AttributeError("module 'triton' has no attribute 'knobs'")
+
+    gpu_machine.setattr(backends.importlib, "import_module", fail)
+    with pytest.raises(BackendError, match=r"backend 'triton' needs a newer package triton: .*knobs"):
+        backends.implementation("triton")

@@ -110,7 +110,7 @@ class ProductKeyRetrieval(nn.Module):
             raise ValueError(f"key_dim counts both halves of a query and must be even, got {key_dim}")
         check_choice("query_norm", query_norm, QUERY_NORMS)
         check_choice("score", score, SCORES)
-        resolve_backend(backend)
+        resolve_backend(backend, "meta")  # whether it runs here; on which device the layer will be is open
         self.codebook_sizes = factorise(num_experts)
         if experts_per_head > min(self.codebook_sizes):
             raise ValueError(

@@ -2,8 +2,10 @@
 
 import importlib
 import importlib.util
+import os
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from million_experts._arguments import check_choice
@@ -11,9 +13,11 @@ from million_experts.ops import reference
 
 NAMES = ("auto", "reference", "cpu", "triton")
 
-# Fastest first: "auto" takes the first one that runs.
-_IMPLEMENTATIONS: dict[str, ModuleType] = {}
-_UNAVAILABLE = {"triton": "this release has no Triton kernels"}
+# Types of device whose tensors a backend takes; the reference takes all. PyTorch calls AMD's GPUs cuda too.
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",)}
+
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference}
+_UNAVAILABLE: dict[str, str] = {}
 if importlib.util.find_spec("million_experts.ops._kernels") is None:
     # pip keeps what it built: without --no-cache-dir a compiler that came later would change nothing.
     _UNAVAILABLE["cpu"] = (
@@ -25,7 +29,9 @@ else:
         _IMPLEMENTATIONS["cpu"] = importlib.import_module("million_experts.ops.cpu")
     except ImportError as error:
         _UNAVAILABLE["cpu"] = f"the C++ kernels cannot be loaded here: {error}"
-_IMPLEMENTATIONS["reference"] = reference
+# The package is imported when a kernel is first wanted: it takes a while, and most machines have no GPU.
+if importlib.util.find_spec("triton") is None:
+    _UNAVAILABLE["triton"] = "the package triton is not installed (it comes with PyTorch's builds for GPUs)"
 
 
 class BackendError(RuntimeError):
@@ -34,7 +40,20 @@ class BackendError(RuntimeError):
 
 def available_backends() -> dict[str, str | None]:
     """Every backend by name, with the reason why it cannot run here, or None where it can."""
-    return {name: None if name in _IMPLEMENTATIONS else _UNAVAILABLE[name] for name in NAMES[1:]}
+    return {name: _obstacle(name) for name in NAMES[1:]}
+
+
+def _obstacle(name: str) -> str | None:
+    if name == "triton" and name not in _UNAVAILABLE and not (_interpreted() or torch.cuda.is_available()):
+        return (
+            "no GPU that CUDA or ROCm reaches; with TRITON_INTERPRET=1 in the environment the CPU interprets "
+            "the kernels, very slowly"
+        )
+    return _UNAVAILABLE.get(name)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def resolve_backend(backend: str, device: str = "cpu") -> str:
@@ -46,24 +65,37 @@ def resolve_backend(backend: str, device: str = "cpu") -> str:
     """
     check_choice("backend", backend, NAMES)
     if backend == "auto":
-        return next(name for name, module in _IMPLEMENTATIONS.items() if _takes(module, device))
-    if backend not in _IMPLEMENTATIONS:
-        raise BackendError(
-            f"backend {backend!r} cannot run here: {_UNAVAILABLE[backend]}; "
-            f"backends that run here: {', '.join(_IMPLEMENTATIONS)}"
-        )
-    if not _takes(_IMPLEMENTATIONS[backend], device):
+        fastest = "triton" if device == "cuda" else "cpu"
+        if fastest == "triton" and _interpreted():  # that is for whoever asks for it by name
+            return "reference"
+        return fastest if _obstacle(fastest) is None and _takes(fastest, device) else "reference"
+    reason = _obstacle(backend)
+    if reason is not None:
+        others = ", ".join(name for name in ("triton", "cpu", "reference") if _obstacle(name) is None)
+        raise BackendError(f"backend {backend!r} cannot run here: {reason}; backends that run here: {others}")
+    if not _takes(backend, device):
         raise BackendError(f"backend {backend!r} does not take tensors on {device}; use 'auto'")
     return backend
 
 
-def _takes(module: ModuleType, device: str) -> bool:
+def _takes(name: str, device: str) -> bool:
     # A meta tensor has no data: every backend only says which shape it would give.
-    return device in ("meta", *module.DEVICES) or not module.DEVICES
+    if name == "reference" or device in ("meta", *_DEVICES[name]):
+        return True
+    return name == "triton" and device == "cpu" and _interpreted()
 
 
 def implementation(backend: str) -> ModuleType:
-    """The module behind a resolved backend name; it has the functions of `reference`."""
+    """The module behind a resolved backend name; it has the functions of `reference`.
+
+    Raises:
+        BackendError: the package triton that is installed does not fit.
+    """
+    if backend not in _IMPLEMENTATIONS:
+        try:
+            _IMPLEMENTATIONS[backend] = importlib.import_module(f"million_experts.ops.{backend}")
+        except (ImportError, AttributeError) as error:
+            raise BackendError(f"backend {backend!r} needs a newer package triton: {error}") from error
     return _IMPLEMENTATIONS[backend]
 
 

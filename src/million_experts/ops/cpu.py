@@ -17,8 +17,6 @@ from million_experts.ops import _kernels
 from million_experts.ops.checks import check_range, check_row_state, check_shape
 from million_experts.ops.reference import ACTIVATIONS, Visit, accumulation_dtype
 
-DEVICES = ("cpu",)
-
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 # From this size on a table's gradient lies in a buffer that is kept when it is freed.

@@ -23,9 +23,6 @@ Visit = Callable[[Tensor, Tensor], None]
 # Upper bound on the scratch memory that does not grow with the inputs or outputs.
 SCRATCH_BYTES = 64 * 2**20
 
-# Types of device whose tensors this backend takes; empty: all.
-DEVICES: tuple[str, ...] = ()
-
 ACTIVATIONS = ("gelu", "relu", "silu")
 
 # The first sparse tensor of a process warns that their support is in beta. `dots` uses one only to name

@@ -1,0 +1,126 @@
+"""The Triton kernels on a GPU, at shapes that are used, against the reference in float64 on the same GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from million_experts.ops import expert_mlp, product_key_topk
+
+# T, K, N, D: few tokens an expert; many, in tiles; a wide model; one token; odd sizes.
+SHAPES = {
+    "few tokens an expert": ((1024, 128, 256**2, 256), (4, 5, 90, 40)),
+    "tiles": ((1024, 240, 36**2, 256), (5, 6, 3, 40)),
+    "wide": ((256, 64, 128**2, 8192), (2, 3, 20, 300)),
+    "one token": ((1, 128, 1024**2, 1024), (1, 4, 50, 40)),
+    "odd": ((333, 77, 5003, 1000), (3, 5, 41, 33)),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def make_inputs(
+    shape: tuple[int, int, int, int], glu: bool, dtype: torch.dtype, device
+) -> tuple[Inputs, Tensor]:
+    T, K, N, D = shape
+    generator = torch.Generator(device).manual_seed(0)
+    x, gates, experts, grad_y = (
+        torch.randn(s, generator=generator, device=device).to(dtype)
+        for s in ((T, D), (T, K), (N, 3 if glu else 2, D), (T, D))
+    )
+    indices = torch.randint(0, N, (T, K), generator=generator, device=device)
+    return (x, indices, gates / K**0.5, experts / D**0.5), grad_y
+
+
+def step(inputs: Inputs, grad_y: Tensor, backend: str, **options) -> list[Tensor]:
+    x, indices, gates, experts = inputs
+    x, gates, experts = (t.detach().requires_grad_() for t in (x, gates, experts))
+    y = expert_mlp(x, indices, gates, experts, backend=backend, **options)
+    y.backward(grad_y)
+    return [y.detach(), x.grad, gates.grad, experts.grad]
+
+
+def reference_step(inputs: Inputs, grad_y: Tensor, **options) -> list[Tensor]:
+    x, indices, gates, experts = inputs
+    return step(
+        (x.double(), indices, gates.double(), experts.double()), grad_y.double(), "reference", **options
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_agree_with_the_reference(name, glu, dtype, device, tiny, assert_close):
+    inputs, grad_y = make_inputs(SHAPES[name][tiny], glu, dtype, device)
+    # Only the rows that were picked have a gradient: a dense one in float64 would be 16 GiB for a million.
+    options = {"sparse_grad": name == "one token"}
+    for actual, right in zip(
+        step(inputs, grad_y, "triton", **options), reference_step(inputs, grad_y, **options), strict=True
+    ):
+        if right.is_sparse:
+            assert torch.equal(actual._indices(), right._indices())
+            actual, right = actual._values(), right._values()
+        assert_close(actual, right)
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+@pytest.mark.parametrize("name", ["few tokens an expert", "tiles"])
+def test_the_same_bits_on_every_run(name, sparse_grad, device, tiny):
+    inputs, grad_y = make_inputs(SHAPES[name][tiny], True, torch.float32, device)
+    first = step(inputs, grad_y, "triton", sparse_grad=sparse_grad)
+    for _ in range(1 if tiny else 5):
+        for bits, right in zip(step(inputs, grad_y, "triton", sparse_grad=sparse_grad), first, strict=True):
+            assert torch.equal(bits.to_dense(), right.to_dense())
+
+
+def test_an_expert_that_every_token_chose(device, tiny, assert_close):
+    inputs, grad_y = make_inputs(
+        (40, 8, 90, 20) if tiny else (4096, 128, 256**2, 256), False, torch.float32, device
+    )
+    inputs[1][:, ::2] = 7
+    for actual, right in zip(step(inputs, grad_y, "triton"), reference_step(inputs, grad_y), strict=True):
+        assert_close(actual, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_table_beyond_32_bits(dtype, device, tiny, assert_close):
+    N, D = (30, 20) if tiny else (2**20 + 2**17, 1024)
+    bytes_ = 2 * N * D * 2
+    if not tiny and torch.cuda.mem_get_info()[0] < 3 * bytes_:
+        pytest.skip(f"needs {3 * bytes_ / 2**30:.0f} GiB of the GPU's memory")
+    experts = torch.zeros(N, 2, D, dtype=dtype, device=device)
+    (x, indices, gates, rows), grad_y = make_inputs((3, 4, 12, D), False, dtype, device)
+    indices = N - 1 - torch.arange(12, device=device).view(3, 4)
+    experts[indices.flatten()] = rows
+    actual = step((x, indices, gates, experts), grad_y, "triton", sparse_grad=True)
+    small = (x, torch.arange(12, device=device).view(3, 4), gates, rows)
+    *expected, right = reference_step(small, grad_y)
+    for one, other in zip(actual, expected, strict=False):
+        assert_close(one, other)
+    values = actual[3]._values().flip(0)  # rows ascend, and were laid from the end
+    assert_close(values, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("n", "k", "d"), [(1024, 16, 64), (128, 32, 128), (36, 30, 32)])
+def test_retrieval_agrees_with_the_reference(n, k, d, dtype, shared, device, tiny, assert_close):
+    T, H, n, k, d = (2, 1, 9, 3, 4) if tiny else (512, 8, n, k, d)
+    generator = torch.Generator(device).manual_seed(0)
+    # Small whole numbers: their sums are exact, so equal scores are equal and the winners are the same.
+    query, keys1, keys2 = (
+        torch.randint(-4, 5, shape, generator=generator, device=device).to(dtype)
+        for shape in ((T, H, 2, d), *[(n, d) if shared else (H, n, d)] * 2)
+    )
+    results = []
+    for backend in ("triton", "reference"):
+        tensors = [t.clone().requires_grad_() for t in (query, keys1, keys2)]
+        scores, indices = product_key_topk(*tensors, k, backend=backend)
+        grad = torch.randn(scores.shape, generator=torch.Generator(device).manual_seed(1), device=device)
+        scores.backward(grad)
+        results.append((scores.detach(), indices, *(t.grad for t in tensors)))
+    assert torch.equal(results[0][1], results[1][1])
+    for actual, right in zip(*results, strict=True):
+        assert_close(actual.double(), right, torch.float32 if actual.dtype == torch.int64 else actual.dtype)
