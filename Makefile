@@ -40,8 +40,9 @@ bench-check: $(VENV)/.installed ## Fail when a ratio got more than 25 % worse th
 bench-gpu: $(VENV)/.installed ## Time the Triton kernels on a GPU; ends in a block to paste into an issue
 	@$(BIN)/python -m million_experts.benchmarks.gpu
 
+# Two processes, each with some files. Threads that wait for work must not take the other's core.
 test: lint ## Lint, check types, run the tests (some minutes)
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed ## Run what takes longer: the README's training commands, many kills of a run
 	$(BIN)/python -m pytest -m slow

@@ -155,9 +155,7 @@ class PEER(ProductKeyRetrieval):
         probe._modules = {name: copy.copy(module) for name, module in self._modules.items()}
         probe.shared = shared
         probe.training = probe.query_norm.training = True  # of the copies; nothing else knows of modes
-        if (
-            self.backend == "triton"
-        ):  # a layer for a GPU is often made on the CPU, where its kernels do not run
+        if self.backend == "triton":  # a layer for a GPU is often made on the CPU, where that does not run
             probe.backend = "auto"
         if isinstance(probe.query_norm, MaskedBatchNorm):
             probe.query_norm.synchronised = False  # each rank measures alone
