@@ -40,12 +40,18 @@ bench-check: $(VENV)/.installed ## Fail when a ratio got more than 25 % worse th
 bench-gpu: $(VENV)/.installed ## Time the Triton kernels on a GPU; ends in a block to paste into an issue
 	@$(BIN)/python -m million_experts.benchmarks.gpu
 
-# Two processes, each with some files. Threads that wait for work must not take the other's core.
+# Two processes, each with some files. Threads that wait for work must not take the other's core. Triton's interpreter
+# is for a whole process or not at all.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+INTERPRETED := tests/ops/triton
+
 test: lint ## Lint, check types, run the tests (some minutes)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) -n 2 --dist loadfile --ignore $(INTERPRETED)
+	TRITON_INTERPRET=1 $(PYTEST) -n 2 --dist loadfile $(INTERPRETED)
 
 test-slow: $(VENV)/.installed ## Run what takes longer: the README's training commands, many kills of a run
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore $(INTERPRETED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow $(INTERPRETED)
 
 test-gpu: $(VENV)/.installed ## Run the Triton kernels on a GPU against the reference (elsewhere skipped, with the reason)
 	$(BIN)/python -m pytest -rs tests/gpu

@@ -56,7 +56,8 @@ def test_time_left_counts_the_runs_to_come(run):
     assert "1/2 one: validation 2.5000 nats, 299 s; 13 min left" in out.getvalue()  # 200 s each, four of them
 
 
-def test_a_terminal_gets_bars(run):
+def test_a_terminal_gets_bars(run, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     out = io.StringIO()
     console = Console(file=out, width=120, force_terminal=True)
     with StudyProgress(console, [run], Pace([finished("peer", run.flops, 100)], MACHINE)) as progress:
