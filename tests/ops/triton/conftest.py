@@ -1,7 +1,7 @@
 """Kernels run in Triton's interpreter here: no GPU is needed.
 
-The variable counts when Triton is imported, and with it kernels cannot be compiled: these tests have a process
-of their own, as in `make test`.
+The variable counts when Triton is imported, and with it kernels cannot be compiled: these tests have
+a process of their own, as in `make test`.
 """
 
 import os
