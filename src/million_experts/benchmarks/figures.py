@@ -24,7 +24,7 @@ from million_experts.benchmarks.targets import Row
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 # Colour and marker, so that lines can be told apart without colour too.
 STYLES = {
@@ -142,6 +142,10 @@ def sweep_figure(sweep: Sweep, rows: Iterable[Row], path: Path) -> bool:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: sweep.tick(value)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _, text=text: text(value)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        low, high = axes.get_ylim()
+        if quantity == "median_s" and high < 100 * low:  # a power of ten or two tell too little
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
