@@ -143,8 +143,7 @@ def sweep_figure(sweep: Sweep, rows: Iterable[Row], path: Path) -> bool:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: sweep.tick(value)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _, text=text: text(value)))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        low, high = axes.get_ylim()
-        if quantity == "median_s" and high < 100 * low:  # a power of ten or two tell too little
+        if quantity == "median_s":  # powers of ten alone tell too little
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
