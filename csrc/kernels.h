@@ -136,7 +136,7 @@ struct RowwiseAdamW {
   DType dtype_table, dtype_momentum, dtype_values;
   int64_t N, R, D, n;
   void* table;            // [N, R, D]
-  void* exp_avg;          // [N, R, D]
+  void* exp_avg;          // [N, R, D], or null where beta1 is 0: the first moment is the gradient
   void* exp_avg_sq;       // [N, R, D], or [N, R] where by_row
   int32_t* last_step;     // [N]
   const double* history;  // [step + 1, 3]: logarithms of beta1, beta2 and 1 - lr * weight_decay, summed over steps

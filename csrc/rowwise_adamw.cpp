@@ -60,8 +60,8 @@ void run(const RowwiseAdamW& a) {
       const int64_t end = (item + 1) * item_rows < a.N ? (item + 1) * item_rows : a.N;
       for (int64_t row = item * item_rows; row < end; ++row)
         if (a.last_step[row] < a.step)
-          catch_up_row(step, row, a.R, a.D, table + row * width, exp_avg + row * width, exp_avg_sq + row * squares,
-                       a.last_step + row);
+          catch_up_row(step, row, a.R, a.D, table + row * width, momentum_at(exp_avg, row * width),
+                       exp_avg_sq + row * squares, a.last_step + row);
     });
     return;
   }
@@ -80,20 +80,23 @@ void run(const RowwiseAdamW& a) {
         if (i + rows_ahead < a.n) {
           const int64_t row = a.rows[i + rows_ahead];
           fetch(table + row * width, width * sizeof(T));
-          fetch(exp_avg + row * width, width * sizeof(M));
+          if constexpr (has_momentum<M>) fetch(exp_avg + row * width, width * sizeof(M));
           fetch(exp_avg_sq + row * squares, squares * sizeof(A));
         }
         const int64_t row = a.rows[i];
         update_row(step, row, a.R, a.D, gradient(a, i, sums.data + thread * stride), table + row * width,
-                   exp_avg + row * width, exp_avg_sq + row * squares, a.last_step + row);
+                   momentum_at(exp_avg, row * width), exp_avg_sq + row * squares, a.last_step + row);
       }
     }
   });
 }
 
-template <class T>
-void with_momentum(const RowwiseAdamW& a) {
-  a.dtype_momentum == DType::bf16 ? run<float, T, bf16>(a) : run<float, T, float>(a);
+template <class A, class T>
+void choose_momentum(const RowwiseAdamW& a) {
+  if (!a.exp_avg) return run<A, T, NoMomentum>(a);
+  if constexpr (sizeof(A) == 4)
+    if (a.dtype_momentum == DType::bf16) return run<A, T, bf16>(a);
+  run<A, T, A>(a);
 }
 
 }  // namespace
@@ -101,10 +104,10 @@ void with_momentum(const RowwiseAdamW& a) {
 namespace ME_ISA {
 void rowwise_adamw(const RowwiseAdamW& a) {
   switch (a.dtype_table) {
-    case DType::f64: return run<double, double, double>(a);
-    case DType::f32: return with_momentum<float>(a);
-    case DType::bf16: return with_momentum<bf16>(a);
-    case DType::f16: return with_momentum<f16>(a);
+    case DType::f64: return choose_momentum<double, double>(a);
+    case DType::f32: return choose_momentum<float, float>(a);
+    case DType::bf16: return choose_momentum<float, bf16>(a);
+    case DType::f16: return choose_momentum<float, f16>(a);
   }
 }
 }  // namespace ME_ISA

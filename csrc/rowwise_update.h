@@ -81,6 +81,21 @@ inline Vec<A> square_root(Vec<A> v) {
 #endif
 }
 
+// --- the first moment --------------------------------------------------------------------------------------
+
+// In place of the type of a first moment where beta1 is 0 and none is kept.
+struct NoMomentum {};
+
+template <class M>
+constexpr bool has_momentum = !std::is_same_v<M, NoMomentum>;
+
+// Where a row's first moment begins.
+template <class M>
+inline M* momentum_at(M* exp_avg, int64_t offset) {
+  if constexpr (has_momentum<M>) return exp_avg + offset;
+  else return nullptr;
+}
+
 // --- the row -------------------------------------------------------------------------------------------------
 
 // What all rows of a step have in common.
@@ -132,12 +147,14 @@ inline void catch_up_row(const RowwiseStep<A>& s, int64_t row, int64_t R, int64_
   const uint64_t row_key = s.row_key(row);
   const A keep = static_cast<A>(s.product(2, *last_step, s.step));
   if (keep != 1) scale_row<A>(table, R * D, keep, s.stochastic, row_key, 16);
-  scale_row<A>(exp_avg, R * D, static_cast<A>(s.product(0, *last_step, s.step)), s.stochastic, row_key, 0);
+  if constexpr (has_momentum<M>)
+    scale_row<A>(exp_avg, R * D, static_cast<A>(s.product(0, *last_step, s.step)), s.stochastic, row_key, 0);
   scale_row<A>(exp_avg_sq, s.by_row ? R : R * D, static_cast<A>(s.product(1, *last_step, s.step)), false, 0, 0);
   *last_step = static_cast<int32_t>(s.step);
 }
 
-// The step of a row with the gradient `grad` [R, D]; exp_avg_sq is [R, D], or [R] with one number a row of D.
+// The step of a row with the gradient `grad` [R, D]; exp_avg_sq is [R, D], or [R] with one number a row of D. Without
+// momentum beta1 is 0.
 template <class A, class T, class M>
 inline void update_row(const RowwiseStep<A>& s, int64_t row, int64_t R, int64_t D, const A* grad, T* table,
                        M* exp_avg, A* exp_avg_sq, int32_t* last_step) {
@@ -163,7 +180,8 @@ inline void update_row(const RowwiseStep<A>& s, int64_t row, int64_t R, int64_t 
       const int part = D - c < W ? static_cast<int>(D - c) : W;
       const int64_t at = r * D + c;
       const Vec<A> g = load_up_to<A>(grad + at, part);
-      const Vec<A> m = load_up_to<A>(exp_avg + at, part) * keep1 + s.add1 * g;
+      Vec<A> m = g;
+      if constexpr (has_momentum<M>) m = load_up_to<A>(exp_avg + at, part) * keep1 + s.add1 * g;
       Vec<A> change;
       if (s.by_row) {
         change = by_row * m;
@@ -175,7 +193,7 @@ inline void update_row(const RowwiseStep<A>& s, int64_t row, int64_t R, int64_t 
       const Vec<A> p = load_up_to<A>(table + at, part) * keep_table - change;
       Vec<uint32_t> random{};
       if (rounds && s.stochastic) random = random_bits(row_key, static_cast<uint32_t>(at));
-      store_up_to<A>(exp_avg + at, m, part, s.stochastic, random & 0xffffu);
+      if constexpr (has_momentum<M>) store_up_to<A>(exp_avg + at, m, part, s.stochastic, random & 0xffffu);
       store_up_to<A>(table + at, p, part, s.stochastic, random >> 16);
     }
   }

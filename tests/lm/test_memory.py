@@ -103,6 +103,16 @@ def test_sparse_gradients_are_counted_by_the_picks():
         assert estimate(peer=sparse, gradient_accumulation_steps=count) == base + size
 
 
+def test_a_table_without_momentum_is_expected_to_take_less():
+    sparse, table = {"sparse_grad": True}, 65536 * 2 * 256 * 4
+    base = estimate(peer=sparse)
+    assert estimate(peer=sparse, table_adam_beta1=0.0) == base - table
+    assert estimate(peer=sparse, adam_beta1=0.0) == base - table
+    assert estimate(peer=sparse, table_second_moment="row") == base - table + table // 256
+    # torch's AdamW, which dense gradients go to, keeps both moments for each element.
+    assert estimate(table_adam_beta1=0.0, table_second_moment="row") == estimate()
+
+
 def test_what_takes_more_is_expected_to_take_more():
     base = estimate()
     assert estimate(batch_size=16) > base

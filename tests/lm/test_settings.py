@@ -12,6 +12,7 @@ from million_experts.layers import PEER
 from million_experts.lm.settings import (
     FIELD_TYPES,
     FREE_ON_RESUME,
+    SECOND_MOMENTS,
     TrainSettings,
     load_preset,
     parse_yaml,
@@ -19,6 +20,7 @@ from million_experts.lm.settings import (
 )
 from million_experts.lm.training import model_config
 from million_experts.models import PeerForCausalLM
+from million_experts.optim import rowwise
 
 PRESETS = ["demo", "million", "ostix360-test1", "ostix360-test2", "ostix360-test3", "paper-middle"]
 
@@ -161,6 +163,8 @@ def test_every_field_refuses_another_type(name):
         ("attention_dropout", 2, "attention_dropout must be at least 0 and below 1, got 2.0"),
         ("adam_beta1", 1.0, "adam_beta1 must be at least 0 and below 1, got 1.0"),
         ("adam_beta2", -0.1, "adam_beta2 must be at least 0 and below 1, got -0.1"),
+        ("table_adam_beta1", 1.0, "table_adam_beta1 must be at least 0 and below 1, got 1.0"),
+        ("table_second_moment", "col", "table_second_moment must be one of element, row, got 'col'"),
         ("precision", "float16", "precision must be one of auto, float32, bfloat16, got 'float16'"),
         ("lr_scheduler_type", "cosin", "lr_scheduler_type must be one of cosine, .*, got 'cosin'"),
     ],
@@ -216,3 +220,7 @@ def test_only_what_is_learnt_counts_as_a_difference():
     assert settings.differences(settings.with_overrides(free)) == []
     changed = settings.with_overrides({"steps": 3, "peer": {"glu": True}})
     assert changed.differences(settings) == ["peer: {'glu': True}, not {}", "steps: 3, not 1000"]
+
+
+def test_second_moments_are_those_of_the_optimiser():
+    assert SECOND_MOMENTS == rowwise.SECOND_MOMENTS

@@ -28,8 +28,9 @@ from million_experts.lm.ngram import bigram_nats, unigram_nats
 from million_experts.lm.scoring import score_documents
 from million_experts.lm.settings import TrainSettings
 from million_experts.lm.trainer import LanguageModelTrainer, list_checkpoints
-from million_experts.lm.training import check_memory, model_config, train
+from million_experts.lm.training import check_memory, make_optimizer, model_config, train
 from million_experts.models import PeerForCausalLM, count_parameters
+from million_experts.optim import RowwiseAdamW
 
 WORDS = "the a of in city river mountain king house small old new water light stone was has great".split()
 
@@ -419,3 +420,27 @@ def test_a_sample_may_look_like_markup(finished):
     out = io.StringIO()
     report.print_results({**results, "sample": "The [/bold] [red]x"}, Console(file=out, width=100))
     assert "The [/bold] [red]x" in out.getvalue()
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_the_optimiser_is_what_the_settings_say(folder, tmp_path, sparse_grad):
+    settings = make_settings(
+        folder,
+        tmp_path,
+        learning_rate=1e-3,
+        table_learning_rate=5e-3,
+        adam_beta2=0.97,
+        table_adam_beta1=0.0,
+        table_second_moment="row",
+        seed=7,
+    ).with_overrides({"peer": {"sparse_grad": sparse_grad}})
+    model = PeerForCausalLM(model_config(settings, 300))
+    optimizer = make_optimizer(model, settings)
+    *others, table = optimizer.param_groups
+    (experts,) = table["params"]
+    assert experts is next(m for m in model.modules() if isinstance(m, PEER)).experts
+    assert (table["lr"], table["betas"], table["weight_decay"]) == (5e-3, (0.0, 0.97), 0.0)
+    assert {(group["lr"], group["betas"]) for group in others} == {(1e-3, (0.9, 0.97))}
+    assert isinstance(optimizer, RowwiseAdamW) == sparse_grad
+    if sparse_grad:
+        assert (table["second_moment"], table["seed"]) == ("row", 7)

@@ -59,6 +59,16 @@ def test_tables_take_the_common_rate_unless_told_otherwise():
     groups = parameter_groups(make_model(), 1e-3)
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-3, 0.0)] * 3
     assert parameter_groups(make_model(), 1e-3, 0.0)[2]["lr"] == 0.0
+    assert not any("betas" in group for group in groups)
+
+
+def test_tables_may_have_betas_of_their_own():
+    groups = parameter_groups(make_model(), 1e-3, table_betas=(0.0, 0.9))
+    assert [group["betas"] for group in torch.optim.AdamW(groups, betas=(0.9, 0.95)).param_groups] == [
+        (0.9, 0.95),
+        (0.9, 0.95),
+        (0.0, 0.9),
+    ]
 
 
 def test_frozen_parameters_and_empty_groups_are_left_out():

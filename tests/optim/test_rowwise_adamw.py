@@ -71,6 +71,7 @@ def set_options(optimizer, lr, betas, decay):
 def trainings(draw):
     shape = draw(st.sampled_from(SHAPES))
     steps = []
+    beta1 = [0.9, 0.5] if draw(st.booleans()) else [0.0]  # a state begins with a first moment or without
     for _ in range(draw(st.integers(1, 7))):
         kind = draw(st.sampled_from(["step"] * 5 + ["flush", "reload", "none"]))
         micro = [
@@ -78,9 +79,11 @@ def trainings(draw):
         ]
         options = (
             draw(st.sampled_from([1e-2, 3e-3, 0.0])),
-            (draw(st.sampled_from([0.9, 0.5, 0.0])), draw(st.sampled_from([0.999, 0.9]))),
+            (draw(st.sampled_from(beta1)), draw(st.sampled_from([0.999, 0.9]))),
             draw(st.sampled_from([0.0, 0.1, 2.0])),
         )
+        if kind != "none" and beta1 != [0.0]:
+            beta1 = [0.9, 0.5, 0.0]
         steps.append((kind, micro, draw(st.booleans()), options))
     return shape, draw(st.sampled_from([torch.float32, torch.float64])), draw(st.booleans()), steps
 
@@ -120,9 +123,12 @@ def test_touched_rows_follow_adamw_written_out(assert_close, everywhere, trainin
     optimizer.flush()
     truth.flush()
     assert_close(p, truth.p)
-    if "exp_avg" in optimizer.state.get(p, {}):
+    if "last_step" in optimizer.state.get(p, {}):
         state = optimizer.state[p]
-        assert_close(state["exp_avg"], truth.m)
+        first = next(options for kind, *_, options in steps if kind != "none")
+        assert ("exp_avg" in state) == (first[1][0] != 0)
+        if "exp_avg" in state:
+            assert_close(state["exp_avg"], truth.m)
         assert_close(state["exp_avg_sq"], truth.v)
         assert state["last_step"].tolist() == [len(truth.options) - 1] * shape[0]
         before = copy.deepcopy((p.detach(), state))
@@ -197,6 +203,8 @@ KINDS = [
     {"momentum_dtype": torch.bfloat16},
     {"second_moment": "row", "momentum_dtype": torch.bfloat16, "stochastic_rounding": False},
     {"momentum_dtype": torch.bfloat16, "second_moment": "row"},
+    {"betas": (0.0, 0.99)},
+    {"betas": (0.0, 0.99), "second_moment": "row"},
 ]
 
 
@@ -427,12 +435,66 @@ def test_second_moments_by_row_are_made_of_those_of_dense_steps():
 
 def test_values_of_a_row_are_summed_in_order_of_appearance(everywhere):
     p = torch.nn.Parameter(torch.zeros(3, 5))
-    optimizer = RowwiseAdamW([p], betas=(0.0, 0.9))
+    optimizer = RowwiseAdamW([p], betas=(0.5, 0.9))
     # In this order 3 is lost beside 1e8; backwards it is what remains.
     values = torch.tensor([3.0, 7.0, 1e8, -1e8])[:, None].expand(4, 5)
     p.grad = sparse([1, 0, 1, 1], values, p.shape)
     optimizer.step()
-    assert optimizer.state[p]["exp_avg"][:, 4].tolist() == [7.0, 0.0, 0.0]
+    assert optimizer.state[p]["exp_avg"][:, 4].tolist() == [3.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("second_moment", ["element", "row"])
+def test_without_momentum_a_table_learns_the_same_and_keeps_no_first_moment(second_moment, everywhere):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(5, 2, 7))
+    q = copy.deepcopy(p)
+    options = {"lr": 1e-2, "weight_decay": 0.1, "second_moment": second_moment}
+    without, kept = (RowwiseAdamW([x], betas=(b, 0.9), **options) for x, b in ((p, 0.0), (q, 0.5)))
+    q.grad = sparse([], torch.zeros(0, 2, 7), q.shape)
+    kept.step()  # makes a state with a first moment, and is the first of the steps
+    kept.param_groups[0]["betas"] = (0.0, 0.9)
+    p.grad = q.grad
+    without.step()
+    for _ in range(4):
+        p.grad = q.grad = sparse(torch.randint(5, (3,)), torch.randn(3, 2, 7), p.shape)
+        without.step()
+        kept.step()
+    for optimizer in (without, kept):
+        optimizer.flush()
+    assert torch.equal(p, q)
+    assert "exp_avg" in kept.state[q]
+    assert "exp_avg" not in without.state[p]
+    assert torch.equal(without.state[p]["exp_avg_sq"], kept.state[q]["exp_avg_sq"])
+
+
+def test_momentum_cannot_begin_where_none_was_kept(everywhere):
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = RowwiseAdamW([p], betas=(0.0, 0.9))
+    p.grad = sparse([1], torch.ones(1, 4), p.shape)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0]["betas"] = (0.9, 0.9)
+    for use in (optimizer.step, lambda: optimizer.begin_step(p)):
+        with pytest.raises(ValueError, match=r"beta1 must stay 0 .* got 0.9"):
+            use()
+    assert torch.equal(p, before)
+    assert optimizer.state[p]["step"] == 1
+
+
+def test_a_table_without_momentum_may_turn_dense_and_back(everywhere):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(6, 2, 5))
+    q = copy.deepcopy(p)
+    options = {"lr": 1e-2, "betas": (0.0, 0.9), "weight_decay": 0.1}
+    ours, torchs = RowwiseAdamW([p], **options), torch.optim.AdamW([q], **options)
+    for dense in (False, True, False, True):
+        values = torch.randn(6, 2, 5)
+        p.grad = values if dense else sparse(range(6), values, p.shape)
+        q.grad = values
+        ours.step()
+        torchs.step()
+        torch.testing.assert_close(p, q)
+        assert ("exp_avg" in ours.state[p]) == dense
 
 
 def test_turning_dense_flushes_and_is_refused_where_the_state_has_another_form():

@@ -51,6 +51,11 @@ def expected_peak(config: PeerConfig, settings: TrainSettings) -> int:
         if settings.gradient_accumulation_steps > 1:
             gradients += min(gradients, memory.table_gradients)
         state += gradients - memory.table_gradients
+        moment = memory.table_optimizer // 2
+        if settings.table_beta1 == 0:
+            state -= moment
+        if settings.table_second_moment == "row":
+            state -= moment - moment // config.hidden_size
     return PROCESS_BYTES + state + logits + activations + peer
 
 

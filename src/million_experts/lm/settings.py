@@ -18,6 +18,7 @@ from million_experts.lm.files import write_whole
 SETTINGS_FILE = "settings.yaml"
 TABLE_RATE = 4  # times learning_rate, by default: it won by 0.06 nats in a first probe
 DEFAULT_CACHE = "~/.cache/million-experts"
+SECOND_MOMENTS = ("element", "row")  # those of RowwiseAdamW; torch shall not load for the help
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Those of transformers that need no arguments of their own.
 SCHEDULES = (
@@ -102,6 +103,16 @@ class TrainSettings:
     table_weight_decay: float = _option(0.0, "Training", "Weight decay of the expert tables.")
     adam_beta1: float = _option(0.9, "Training", "AdamW's decay of the first moment.")
     adam_beta2: float = _option(0.95, "Training", "AdamW's decay of the second moment.")
+    table_adam_beta1: float | None = _option(
+        None,
+        "Training",
+        "That of the first moment of expert tables; by default adam_beta1. With 0 no first moment is kept.",
+    )
+    table_second_moment: str = _option(
+        "element",
+        "Training",
+        "AdamW's second moment of expert tables with sparse gradients: one for each element or each row.",
+    )
     lr_scheduler_type: str = _option("cosine", "Training", f"One of {', '.join(SCHEDULES)}.")
     warmup_steps: float = _option(0.05, "Training", "Warm-up steps, or below 1 their share of all steps.")
     max_grad_norm: float = _option(1.0, "Training", "Clip the gradient's norm to this; 0 for no clipping.")
@@ -153,11 +164,16 @@ class TrainSettings:
             value = getattr(self, name)
             if not 0 < value < 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {value}")
-        for name in ("attention_dropout", "adam_beta1", "adam_beta2"):
+        for name in ("attention_dropout", "adam_beta1", "adam_beta2", "table_adam_beta1"):
             value = getattr(self, name)
-            if not 0 <= value < 1:
+            if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
-        for name, allowed in (("precision", PRECISIONS), ("lr_scheduler_type", SCHEDULES)):
+        choices = {
+            "precision": PRECISIONS,
+            "lr_scheduler_type": SCHEDULES,
+            "table_second_moment": SECOND_MOMENTS,
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
@@ -174,6 +190,11 @@ class TrainSettings:
         """The peak learning rate of the expert tables, where none is given too."""
         given = self.table_learning_rate
         return TABLE_RATE * self.learning_rate if given is None else given
+
+    @property
+    def table_beta1(self) -> float:
+        """The decay of the first moment of expert tables, where none is given too."""
+        return self.adam_beta1 if self.table_adam_beta1 is None else self.table_adam_beta1
 
     def save(self, path: Path) -> None:
         """Writes the settings as YAML, whole or not at all."""

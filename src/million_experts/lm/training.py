@@ -290,6 +290,24 @@ def _resume_command(run: Path) -> str:
     return f"million-experts train --output-dir {shlex.quote(str(run))} --resume"
 
 
+def make_optimizer(model: PeerForCausalLM, settings: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW with the rates, decays and betas of the settings; `RowwiseAdamW` if gradients may be sparse."""
+    groups = parameter_groups(
+        model,
+        settings.learning_rate,
+        settings.peak_table_learning_rate,
+        settings.weight_decay,
+        settings.table_weight_decay,
+        (settings.table_beta1, settings.adam_beta2),
+    )
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    if any(getattr(settings, kind).get("sparse_grad") for kind in FEED_FORWARDS):
+        return RowwiseAdamW(
+            groups, betas=betas, second_moment=settings.table_second_moment, seed=settings.seed
+        )
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
+
+
 def _make_trainer(
     settings: TrainSettings,
     run: Path,
@@ -299,19 +317,6 @@ def _make_trainer(
     watch: bool = True,
 ) -> LanguageModelTrainer:
     """A trainer; without `watch` it neither evaluates nor writes checkpoints on its way."""
-    groups = parameter_groups(
-        model,
-        settings.learning_rate,
-        settings.peak_table_learning_rate,
-        settings.weight_decay,
-        settings.table_weight_decay,
-    )
-    betas = (settings.adam_beta1, settings.adam_beta2)
-    optimizer: torch.optim.Optimizer
-    if any(getattr(settings, kind).get("sparse_grad") for kind in FEED_FORWARDS):
-        optimizer = RowwiseAdamW(groups, betas=betas, seed=settings.seed)
-    else:
-        optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=settings.steps,
@@ -353,7 +358,7 @@ def _make_trainer(
         eval_dataset=blocks["validation"],
         data_collator=default_data_collator,
         processing_class=tokenizer,
-        optimizers=(optimizer, None),
+        optimizers=(make_optimizer(model, settings), None),
         sync_query_norm=settings.sync_query_norm,
     )
     trainer.remove_callback(PrinterCallback)

@@ -121,7 +121,13 @@ def check_norm(x: Tensor, mask: Tensor | None, **per_channel: Tensor) -> None:
 
 
 def check_row_state(
-    table: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, history: Tensor, step: int
+    table: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor,
+    last_step: Tensor,
+    history: Tensor,
+    step: int,
+    beta1: float,
 ) -> None:
     """What the kernel of `rowwise_adamw` writes to.
 
@@ -129,22 +135,29 @@ def check_row_state(
     types are then not what the table's say.
 
     Raises:
-        ValueError: a tensor of the state does not fit the table; the message names it.
+        ValueError: a tensor of the state does not fit the table, the message names it; or there is no first
+            moment and beta1 is not 0.
     """
     wide = torch.float64 if table.dtype == torch.float64 else torch.float32
     momenta = (wide,) if wide == torch.float64 else (wide, torch.bfloat16)
-    allowed = {
+    allowed: dict[str, tuple[Tensor | None, tuple[torch.dtype, ...]]] = {
         "exp_avg": (exp_avg, momenta),
         "exp_avg_sq": (exp_avg_sq, (wide,)),
         "last_step": (last_step, (torch.int32,)),
         "history": (history, (torch.float64,)),
     }
     for name, (tensor, dtypes) in allowed.items():
-        if tensor.dtype not in dtypes:
+        if tensor is not None and tensor.dtype not in dtypes:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise ValueError(f"{name} must be {names} for a table in {table.dtype}, got {tensor.dtype}")
+    if exp_avg is None and beta1 != 0:
+        raise ValueError(
+            f"beta1 must stay 0 for a table that was trained without momentum, got {beta1}: its first moment "
+            "was not kept"
+        )
     check_devices(table=table, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, last_step=last_step, history=history)
-    check_shape("exp_avg", exp_avg, table.shape)
+    if exp_avg is not None:
+        check_shape("exp_avg", exp_avg, table.shape)
     check_shape("exp_avg_sq", exp_avg_sq, table.shape if exp_avg_sq.dim() == 3 else table.shape[:2])
     check_shape("last_step", last_step, table.shape[:1])
     if history.dim() != 2 or history.shape[0] <= step or history.shape[1] != 3:

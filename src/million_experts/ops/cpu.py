@@ -453,7 +453,7 @@ def layer_inference(
 
 def rowwise_adamw(
     table: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Tensor | None,
     exp_avg_sq: Tensor,
     last_step: Tensor,
     history: Tensor,
@@ -470,8 +470,8 @@ def rowwise_adamw(
 ) -> None:
     """See `reference_rowwise.rowwise_adamw`; the tensors that it changes must be contiguous."""
     changed = (table, exp_avg, exp_avg_sq, last_step, history)
-    assert all(t.is_contiguous() for t in changed), "tensors that are changed in place must be contiguous"
-    check_row_state(*changed, step)
+    assert all(t is None or t.is_contiguous() for t in changed), "what is changed in place must be contiguous"
+    check_row_state(*changed, step, betas[0])
     if values is not None:
         check_shape("values", values, (len(values), *table.shape[1:]))
     if values is not None and values.dtype not in (table.dtype, exp_avg_sq.dtype):
@@ -480,10 +480,11 @@ def rowwise_adamw(
         t if t is None else t.contiguous() for t in (rows, values, places, starts)
     )
     _place_on_huge_pages(table)
-    dtypes = (exp_avg_sq.dtype, table.dtype, exp_avg.dtype, (exp_avg_sq if values is None else values).dtype)
+    momentum = exp_avg_sq if exp_avg is None else exp_avg
+    dtypes = (exp_avg_sq.dtype, table.dtype, momentum.dtype, (exp_avg_sq if values is None else values).dtype)
     _kernels.rowwise_adamw(
         *(_DTYPES[dtype] for dtype in dtypes), *table.shape, 0 if rows is None else len(rows),
-        table.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(), last_step.data_ptr(), history.data_ptr(),
+        table.data_ptr(), _address(exp_avg), exp_avg_sq.data_ptr(), last_step.data_ptr(), history.data_ptr(),
         step, _address(rows), _address(values), _address(places), _address(starts), lr, *betas, eps,
         weight_decay, exp_avg_sq.dim() == 2, key is not None, key or 0, threads(),
     )  # fmt: skip

@@ -16,7 +16,7 @@ _MASK_32 = 2**32 - 1
 
 def rowwise_adamw(
     table: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Tensor | None,
     exp_avg_sq: Tensor,
     last_step: Tensor,
     history: Tensor,
@@ -35,7 +35,8 @@ def rowwise_adamw(
 
     Args:
         table: [N, R, D].
-        exp_avg: [N, R, D], float32 or bfloat16; float64 for a float64 table.
+        exp_avg: [N, R, D], float32 or bfloat16; float64 for a float64 table. None if beta1 is 0: the first
+            moment of a step is then its gradient.
         exp_avg_sq: [N, R, D], or [N, R] for one number a row of D; float32, float64 for a float64 table.
         last_step: [N] int32, the step that each row was brought up to.
         history: [> step, 3] float64, see above; filled up to `step`.
@@ -60,18 +61,19 @@ def rowwise_adamw(
             keep1, keep2 = keep1 * betas[0], keep2 * betas[1]
             keep_table = keep_table * (1 - lr * weight_decay)
         keep1, keep2, keep_table = (k.to(dtype).view(-1, 1, 1) for k in (keep1, keep2, keep_table))
-        m = exp_avg[at].to(dtype) * keep1
+        m = None if exp_avg is None else exp_avg[at].to(dtype) * keep1
         v = exp_avg_sq[at] * keep2.view(-1, *[1] * (exp_avg_sq.dim() - 1))
         p = table[at].to(dtype) * keep_table
         if values is not None:
             grad = _gradients(values, places, starts, start, len(at)).to(dtype)
-            m += (1 - betas[0]) * grad
+            m = grad if m is None else m + (1 - betas[0]) * grad
             squares = grad.square() if v.dim() == 3 else grad.square().mean(2)
             v += (1 - betas[1]) * squares
             root = v.sqrt() / math.sqrt(1 - betas[1] ** step) + eps
             p -= lr / (1 - betas[0] ** step) * m / (root if v.dim() == 3 else root[:, :, None])
-        bits = None if key is None else random_bits(key, at, m[:1].numel()).view(m.shape)
-        exp_avg[at] = round_to(m, exp_avg.dtype, None if bits is None else bits & 0xFFFF)
+        bits = None if key is None else random_bits(key, at, p[:1].numel()).view(p.shape)
+        if exp_avg is not None and m is not None:
+            exp_avg[at] = round_to(m, exp_avg.dtype, None if bits is None else bits & 0xFFFF)
         exp_avg_sq[at] = v
         table[at] = round_to(p, table.dtype, None if bits is None else bits >> 16)
         last_step[at] = step

@@ -45,7 +45,7 @@ def _round_to(x, dtype: tl.constexpr, bits, STOCHASTIC: tl.constexpr):
 @triton.jit(do_not_specialize=["step", "missed_to", "key"])
 def adamw_kernel(
     table,
-    exp_avg,
+    exp_avg,  # None where beta1 is 0: the first moment is the gradient
     exp_avg_sq,
     last_step,
     history,
@@ -91,7 +91,8 @@ def adamw_kernel(
             begin, end = tl.load(starts + i), tl.load(starts + i + 1)
         for r in tl.static_range(R):
             at = (row * R + r) * D + column
-            m = tl.load(exp_avg + at, mask=mask, other=0.0).to(tl.float32) * keep1
+            if exp_avg is not None:
+                m = tl.load(exp_avg + at, mask=mask, other=0.0).to(tl.float32) * keep1
             p = tl.load(table + at, mask=mask, other=0.0).to(tl.float32) * keep_p
             if BY_ROW:
                 v = tl.load(exp_avg_sq + row * R + r) * keep2
@@ -106,7 +107,10 @@ def adamw_kernel(
                         grad += tl.load(values + source, mask=mask, other=0.0).to(tl.float32)
                 else:
                     grad = tl.load(values + (i * R + r) * D + column, mask=mask, other=0.0).to(tl.float32)
-                m += share1 * grad
+                if exp_avg is not None:
+                    m += share1 * grad
+                else:
+                    m = grad
                 squares = grad * grad
                 if BY_ROW:
                     squares = tl.sum(squares, 0) / D
@@ -114,9 +118,9 @@ def adamw_kernel(
                 root = tl.div_rn(tl.sqrt_rn(v), root_scale) + eps
                 p -= tl.div_rn(rate * m, root)
             bits = _random_bits(key.to(tl.uint64), row, r * D + column)
-            tl.store(
-                exp_avg + at, _round_to(m, exp_avg.dtype.element_ty, bits & 0xFFFF, STOCHASTIC), mask=mask
-            )
+            if exp_avg is not None:
+                kept = _round_to(m, exp_avg.dtype.element_ty, bits & 0xFFFF, STOCHASTIC)
+                tl.store(exp_avg + at, kept, mask=mask)
             tl.store(table + at, _round_to(p, table.dtype.element_ty, bits >> 16, STOCHASTIC), mask=mask)
             if BY_ROW:
                 tl.store(exp_avg_sq + row * R + r, v)
@@ -128,7 +132,7 @@ def adamw_kernel(
 
 def rowwise_adamw(
     table: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Tensor | None,
     exp_avg_sq: Tensor,
     last_step: Tensor,
     history: Tensor,
@@ -151,7 +155,7 @@ def rowwise_adamw(
             eps, weight_decay, key,
         )  # fmt: skip
     changed = (table, exp_avg, exp_avg_sq, last_step, history)
-    assert all(t.is_contiguous() for t in changed), "tensors that are changed in place must be contiguous"
+    assert all(t is None or t.is_contiguous() for t in changed), "what is changed in place must be contiguous"
     with_gradient = rows is not None and values is not None
     programs = len(rows) if rows is not None and values is not None else N
     if programs == 0:

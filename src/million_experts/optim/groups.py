@@ -13,13 +13,15 @@ def parameter_groups(
     table_learning_rate: float | None = None,
     weight_decay: float = 0.0,
     table_weight_decay: float = 0.0,
+    table_betas: tuple[float, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for any `torch.optim.Optimizer`: tables, other matrices, and vectors.
 
     Tables are PEER's experts and the values of memories. A row of a table learns only from the tokens that
-    retrieve it, so tables want a learning rate of their own (by default `learning_rate`) and their own weight
-    decay. Biases and norms are not decayed. Parameters that need no gradient are left out; a group that would
-    be empty is, too.
+    retrieve it, so tables want a learning rate of their own (by default `learning_rate`), their own weight
+    decay, and betas of their own (by default the optimiser's): with a first beta of 0 they learn faster and
+    need no first moment (see `RowwiseAdamW`). Biases and norms are not decayed. Parameters that need no
+    gradient are left out; a group that would be empty is, too.
     """
     tables = {id(m.table) for m in model.modules() if isinstance(m, ProductKeyRetrieval)}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -32,6 +34,7 @@ def parameter_groups(
             "params": [p for p in trained if id(p) in tables],
             "lr": learning_rate if table_learning_rate is None else table_learning_rate,
             "weight_decay": table_weight_decay,
+            **({} if table_betas is None else {"betas": table_betas}),
         },
     ]
     return [group for group in groups if group["params"]]

@@ -1,4 +1,7 @@
-"""What RowwiseAdamW keeps for a table: moments, each row's last step, the factors of all steps so far."""
+"""What RowwiseAdamW keeps for a table: moments, each row's last step, the factors of all steps so far.
+
+Where beta1 is 0, the first moment is the gradient, and the second alone is kept.
+"""
 
 import math
 from collections.abc import Iterable
@@ -30,14 +33,19 @@ def start_rows(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
     momentum = group["momentum_dtype"] or dtype
     by_row = group["second_moment"] == "row" and p.dim() > 1
+    with_momentum = group["betas"][0] != 0  # without, the first moment is the gradient: nothing to keep
     if state:
-        state["exp_avg"] = state["exp_avg"].to(momentum).contiguous()
+        if with_momentum:
+            state["exp_avg"] = state["exp_avg"].to(momentum).contiguous()
+        else:
+            del state["exp_avg"]
         squares = state["exp_avg_sq"].to(dtype)
         # Means and moving averages change places, so this is what "row" would have kept.
         state["exp_avg_sq"] = squares.mean(-1) if by_row else squares.contiguous()
     else:
         state["step"] = torch.tensor(0.0, dtype=torch.float32)
-        state["exp_avg"] = _zeros(p.shape, momentum, p.device)
+        if with_momentum:
+            state["exp_avg"] = _zeros(p.shape, momentum, p.device)
         state["exp_avg_sq"] = _zeros(p.shape[:-1] if by_row else p.shape, dtype, p.device)
     step = int(state["step"])
     state["last_step"] = torch.full((len(p),), step, dtype=torch.int32, device=p.device)

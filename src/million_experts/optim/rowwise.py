@@ -48,7 +48,8 @@ class RowwiseAdamW(Optimizer):
 
     Args:
         params: parameters or groups; every argument below may be a group's own.
-        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; lr * weight_decay below 1.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; lr * weight_decay below 1. With a first beta
+            of 0 sparse gradients keep no first moment, and it then has to stay 0 for them.
         second_moment: for sparse gradients, "element", or "row": one number for the last dimension, the
             moving average of the mean of its squares: [N, R] for a table [N, R, D].
         momentum_dtype: for sparse gradients, None (float32; float64 for a float64 table) or `torch.bfloat16`.
@@ -234,6 +235,8 @@ class RowwiseAdamW(Optimizer):
         if "last_step" in self.state.get(p, {}):
             self._flush(p, group, index)
             del self.state[p]["last_step"], self.state[p]["history"]
+            if "exp_avg" not in self.state[p]:  # beta1 was 0: nothing of it would count
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
 
     def _dense_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
@@ -295,7 +298,7 @@ class RowwiseAdamW(Optimizer):
     ) -> None:
         state = self.state[p]
         table, exp_avg, exp_avg_sq = _of_rows(p, state)
-        whole = all(t.is_contiguous() for t in (table, exp_avg, exp_avg_sq))
+        whole = all(t is None or t.is_contiguous() for t in (table, exp_avg, exp_avg_sq))
         backend = resolve_backend("auto", p.device.type) if whole else "reference"
         key = mix64(mix64(mix64(group["seed"] % 2**64) ^ step) ^ index)
         implementation(backend).rowwise_adamw(
@@ -319,8 +322,11 @@ class RowwiseAdamW(Optimizer):
         torch.autograd.graph.increment_version(p)
 
 
-def _of_rows(p: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Table and moments as [N, R, D]; the second [N, R] where it is one number for the last dimension."""
+def _of_rows(p: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Table and moments as [N, R, D]; the second [N, R] where it is one number for the last dimension.
+
+    The first is None where none is kept.
+    """
     D = p.shape[-1] if p.dim() > 1 else 1
     R = math.prod(p.shape[1:]) // D if D else 0
     squares = state["exp_avg_sq"]
@@ -328,7 +334,7 @@ def _of_rows(p: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     shape = len(p), R, D
     return (
         p.detach().view(shape),
-        state["exp_avg"].view(shape),
+        state["exp_avg"].view(shape) if "exp_avg" in state else None,
         squares.view(shape[:2] if by_row else shape),
     )
 
@@ -368,10 +374,11 @@ def _check_table(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Non
     if p.dtype == torch.float64 and group["momentum_dtype"] is not None:
         raise ValueError(f"momentum_dtype must be None for a float64 table, got {group['momentum_dtype']}")
     if "last_step" in state:
-        check_shape("exp_avg", state["exp_avg"], p.shape)
+        if "exp_avg" in state:
+            check_shape("exp_avg", state["exp_avg"], p.shape)
         check_shape("exp_avg_sq", state["exp_avg_sq"], p.shape[: state["exp_avg_sq"].dim()])
         rows = _of_rows(p, state)
-        check_row_state(*rows, state["last_step"], state["history"], int(state["step"]))
+        check_row_state(*rows, state["last_step"], state["history"], int(state["step"]), group["betas"][0])
     if float(group["lr"]) * group["weight_decay"] >= 1:
         raise ValueError(
             f"lr * weight_decay must be below 1, got {float(group['lr'])} * {group['weight_decay']}: "
@@ -381,7 +388,7 @@ def _check_table(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Non
 
 def _check_dense(p: Tensor, state: dict[str, Any]) -> None:
     for name in ("exp_avg", "exp_avg_sq") if "last_step" in state else ():
-        moment = state[name]
+        moment = state.get(name, p)
         if moment.shape != p.shape or moment.dtype != p.dtype:
             raise ValueError(
                 "a dense gradient came for a parameter that sparse ones have trained: its state must have "

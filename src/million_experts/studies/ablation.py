@@ -42,6 +42,7 @@ class Setup:
     Attributes:
         placement: one of `PLACEMENTS`; other blocks have dense feed-forwards.
         table_rate: the table's peak learning rate in multiples of the others'.
+        table_beta1: AdamW's decay of the table's first moment.
     """
 
     num_experts: int
@@ -55,6 +56,7 @@ class Setup:
     shared_width: int
     placement: str
     table_rate: float
+    table_beta1: float
 
     @classmethod
     def of(cls, settings: TrainSettings) -> Setup:
@@ -63,7 +65,7 @@ class Setup:
         arguments["num_experts"] = math.prod(factorise(arguments["num_experts"]))
         own = {f.name: arguments[f.name] for f in dataclasses.fields(cls) if f.name in arguments}
         rate = settings.peak_table_learning_rate / settings.learning_rate
-        return cls(**own, placement="middle", table_rate=round(rate, 6))
+        return cls(**own, placement="middle", table_rate=round(rate, 6), table_beta1=settings.table_beta1)
 
     @property
     def active(self) -> int:
@@ -80,7 +82,7 @@ class Setup:
         arguments = {
             name: value
             for name, value in dataclasses.asdict(self).items()
-            if name not in ("placement", "table_rate")
+            if name not in ("placement", "table_rate", "table_beta1")
         }
         kinds = ["dense"] * base.num_hidden_layers
         for block in PLACEMENTS[self.placement](base.num_hidden_layers):
@@ -90,6 +92,7 @@ class Setup:
                 "mlp_layer_types": kinds,
                 "peer": {**arguments, "sparse_grad": True},
                 "table_learning_rate": self.table_rate * base.learning_rate,
+                "table_adam_beta1": self.table_beta1,
             }
         )
 
@@ -161,6 +164,7 @@ AXES = {
     "table_rate": Axis(
         "Learning rate of the table, in multiples of the others'", _each("table_rate", (1.0, 2.0, 4.0, 8.0))
     ),
+    "table_beta1": Axis("Momentum of the table: AdamW's first beta", _each("table_beta1", (0.0, 0.9))),
     "init_std": Axis("Standard deviation of the output at step 0", _each("init_std", (0.03, 0.1, 0.2))),
     "shared_width": Axis(
         "A dense branch beside the experts",

@@ -43,6 +43,12 @@ ContextTokens = Annotated[int, typer.Option("--context", help="Tokens of a train
 BatchSize = Annotated[int, typer.Option(help="Sequences in a micro-batch.")]
 Accumulation = Annotated[int, typer.Option("--gradient-accumulation-steps", help="Micro-batches in a step.")]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16, as in `train`.")]
+TableBeta1 = Annotated[
+    float, typer.Option(help="AdamW's decay of the first moment of tables; 0 is without momentum.")
+]
+TableSecondMoment = Annotated[
+    str, typer.Option(help="AdamW's second moment of tables: a number for each element, or for each row.")
+]
 
 
 def _arguments(what: str) -> Any:
@@ -72,6 +78,8 @@ def isoflop(
     table_rate: Annotated[
         float, typer.Option(help="Learning rate of tables of experts or values, in units of the others'.")
     ] = TABLE_RATE,
+    table_beta1: TableBeta1 = 0.0,
+    table_second_moment: TableSecondMoment = "row",
     all_sizes: Annotated[
         bool, typer.Option("--all-sizes", help="All seeds at every size, not only at each method's best.")
     ] = False,
@@ -129,6 +137,8 @@ def isoflop(
             gradient_accumulation_steps=gradient_accumulation_steps,
             precision=precision,
             cache_dir=cache_dir,
+            table_adam_beta1=table_beta1,
+            table_second_moment=table_second_moment,
         ),
     )
     ledger = open_ledger(output, "isoflop")
@@ -171,6 +181,8 @@ def ablation(
     table_rate: Annotated[
         float, typer.Option(help="Learning rate of the base's table, in units of the others'.")
     ] = TABLE_RATE,
+    table_beta1: TableBeta1 = 0.0,
+    table_second_moment: TableSecondMoment = "row",
     data: Data = DATA,
     text_column: TextColumn = "text",
     max_documents: MaxDocuments = None,
@@ -202,6 +214,8 @@ def ablation(
         gradient_accumulation_steps=gradient_accumulation_steps,
         precision=precision,
         cache_dir=cache_dir,
+        table_adam_beta1=table_beta1,
+        table_second_moment=table_second_moment,
         hidden_size=hidden_size,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
