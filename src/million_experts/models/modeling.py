@@ -29,6 +29,7 @@ from million_experts.layers import MemoryPlus, Routing
 from .configuration import PeerConfig
 from .counting import describe
 from .feed_forwards import FEED_FORWARDS, build_feed_forward
+from .loss import causal_language_model_loss
 
 __all__ = ["PeerCausalLMOutput", "PeerForCausalLM", "PeerModel", "PeerModelOutput", "PeerPreTrainedModel"]
 
@@ -316,6 +317,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         self.model = PeerModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = causal_language_model_loss
         self.post_init()
 
     @can_return_tuple
