@@ -444,3 +444,15 @@ def test_the_optimiser_is_what_the_settings_say(folder, tmp_path, sparse_grad):
     assert isinstance(optimizer, RowwiseAdamW) == sparse_grad
     if sparse_grad:
         assert (table["second_moment"], table["seed"]) == ("row", 7)
+
+
+@pytest.mark.parametrize(
+    ("precision", "attention"), [("float32", "sdpa"), ("bfloat16", training.WIDE_ATTENTION)]
+)
+def test_attention_is_what_is_fastest_on_a_cpu(folder, finished, precision, attention, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    tokenizer = AutoTokenizer.from_pretrained(finished[0])
+    settings = make_settings(folder, finished[0], precision=precision)
+    assert training.build_model(settings, tokenizer).config._attn_implementation == attention
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert training.build_model(settings, tokenizer).config._attn_implementation == "sdpa"
