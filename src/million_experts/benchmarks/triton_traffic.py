@@ -299,14 +299,18 @@ def key_sum(s: Retrieval, counts: np.ndarray, part: int, block_d: int) -> Access
 def adamw(
     n: int, R: int, D: int, steps: int, table: int, momentum: int, values: int, by_row: bool
 ) -> Accesses:
-    """`adamw_kernel` for n rows with one gradient each, which missed steps of the last `steps`."""
+    """`adamw_kernel` for n rows with one gradient each, which missed steps of the last `steps`.
+
+    Of `table`, `momentum` and `values` the bytes of a number; 0 where no first moment is kept.
+    """
     width = R * D
     state = [
         Stream("last_step", n * 4),
         Stream("table", n * width * table),
-        Stream("exp_avg", n * width * momentum),
         Stream("exp_avg_sq", n * (R if by_row else width) * SUM),
     ]
+    if momentum:
+        state.append(Stream("exp_avg", n * width * momentum))
     return [
         *state,  # read
         *state,  # written

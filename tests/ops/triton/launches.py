@@ -26,12 +26,12 @@ def _rowwise(D: int, R: int, table, momentum, values, by_row: bool, gathered: bo
     whole = torch.int64
     state = (
         torch.empty(N, R, D, dtype=table),
-        torch.empty(N, R, D, dtype=momentum),
+        None if momentum is None else torch.empty(N, R, D, dtype=momentum),
         torch.empty((N, R) if by_row else (N, R, D)),
         torch.zeros(N, dtype=torch.int32),
         torch.zeros(10, 3, dtype=torch.float64),
     )
-    options = 1e-3, (0.9, 0.99), 1e-8, 0.1, key
+    options = 1e-3, (0.0 if momentum is None else 0.9, 0.99), 1e-8, 0.1, key
     places, starts = (
         (torch.zeros(n, dtype=whole), torch.zeros(n + 1, dtype=whole)) if gathered else (None, None)
     )
@@ -59,6 +59,8 @@ def _cases() -> Iterator[tuple]:
         (bf16, bf16, bf16, True, True, 1),
         (bf16, f32, f32, False, True, 1),
         (f16, f32, f16, False, False, None),
+        (f32, None, f32, True, False, None),
+        (bf16, None, bf16, True, True, 1),
     )
     for (D, R), form in itertools.product(sizes, forms):
         table, momentum, values, by_row, gathered, key = form

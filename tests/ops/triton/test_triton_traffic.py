@@ -119,21 +119,22 @@ def test_retrieval(d, dtype):
 
 
 @pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("with_momentum", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rowwise_adamw(by_row, dtype):
+def test_rowwise_adamw(by_row, with_momentum, dtype):
     N, n, R, D, steps = 30, 12, 2, 96, 5
     zeros = torch.zeros(N, R, D)
     with triton_trace.record() as traces:
         triton_rowwise.rowwise_adamw(
-            zeros.to(dtype, copy=True), zeros.to(dtype, copy=True),
+            zeros.to(dtype, copy=True), zeros.to(dtype, copy=True) if with_momentum else None,
             torch.zeros(N, R) if by_row else zeros.clone(),
             torch.arange(N, dtype=torch.int32) % steps, torch.zeros(steps, 3, dtype=torch.float64), steps - 1,
-            torch.randperm(N)[:n], torch.ones(n, R, D, dtype=dtype), None, None, 1e-3, (0.9, 0.99), 1e-8,
-            0.0, 1,
+            torch.randperm(N)[:n], torch.ones(n, R, D, dtype=dtype), None, None, 1e-3,
+            (0.9 if with_momentum else 0.0, 0.99), 1e-8, 0.0, 1,
         )  # fmt: skip
     size = dtype.itemsize
     (trace,) = traces["adamw_kernel"]
-    accesses = model.adamw(n, R, D, steps, size, size, size, by_row)
+    accesses = model.adamw(n, R, D, steps, size, size if with_momentum else 0, size, by_row)
     expected: dict[str, float] = {}
     for access in accesses:
         expected[access.tensor] = expected.get(access.tensor, 0) + access.issued
