@@ -187,6 +187,7 @@ OPTIONS = {
     "gradient_accumulation_steps": (["--gradient-accumulation-steps", "6"], 6),
     "learning_rate": (["--learning-rate", "3e-4"], 3e-4),
     "table_learning_rate": (["--table-learning-rate", "1"], 1.0),
+    "retrieval_learning_rate": (["--retrieval-learning-rate", "2e-4"], 2e-4),
     "weight_decay": (["--weight-decay", "0"], 0.0),
     "table_weight_decay": (["--table-weight-decay", "0.02"], 0.02),
     "adam_beta1": (["--adam-beta1", "0.8"], 0.8),

@@ -62,6 +62,17 @@ def test_tables_take_the_common_rate_unless_told_otherwise():
     assert not any("betas" in group for group in groups)
 
 
+def test_what_retrieves_may_have_a_rate_of_its_own():
+    model = make_model()
+    groups = parameter_groups(model, 1e-3, weight_decay=0.1, retrieval_learning_rate=2e-4)
+    matrices, _, _, retrieval = names_by_group(model, groups)
+    assert retrieval == {f"model.layers.1.mlp.{name}" for name in ("query_proj.weight", "keys1", "keys2")}
+    assert not matrices & retrieval
+    assert (groups[3]["lr"], groups[3]["weight_decay"]) == (2e-4, 0.1)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert len(parameter_groups(torch.nn.Linear(2, 2), 1e-3, retrieval_learning_rate=2e-4)) == 2
+
+
 def test_tables_may_have_betas_of_their_own():
     groups = parameter_groups(make_model(), 1e-3, table_betas=(0.0, 0.9))
     assert [group["betas"] for group in torch.optim.AdamW(groups, betas=(0.9, 0.95)).param_groups] == [

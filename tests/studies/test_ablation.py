@@ -17,7 +17,7 @@ from million_experts.lm.callbacks import retrieval_layers
 from million_experts.lm.packing import PackedBlocks
 from million_experts.lm.training import build_model
 from million_experts.models import count_parameters
-from million_experts.studies.ablation import AXES, Setup, ablation_runs, usage_and_modes
+from million_experts.studies.ablation import AXES, TRAINING, Setup, ablation_runs, usage_and_modes
 from million_experts.studies.ablation_report import sections
 from million_experts.studies.causality import draw_batches
 from million_experts.studies.runs import Run
@@ -63,6 +63,7 @@ def test_axes_ask_for_what_they_say(tiny_settings):
         "placement": ["placement=all", "placement=first", "placement=last"],
         "table_rate": ["table_rate=1.0", "table_rate=2.0", "table_rate=8.0"],
         "table_beta1": ["table_beta1=0.0"],
+        "retrieval_rate": ["retrieval_rate=0.125", "retrieval_rate=0.25", "retrieval_rate=0.5"],
         "init_std": ["init_std=0.03", "init_std=0.2"],
         "shared_width": ["shared_width=256"],
     }
@@ -94,12 +95,13 @@ def test_runs_train_what_their_setup_says(tiny_settings):
     for run in ablation_runs(base, seeds=[3], pools=POOLS):
         setup, config = Setup(**run.labels["setup"]), run.config
         for name, value in asdict(setup).items():
-            if name not in ("placement", "table_rate", "table_beta1"):
+            if name not in TRAINING:
                 assert config.peer[name] == value
         assert config.peer["sparse_grad"]
         assert config.peer["key_dim"] == 8
         assert run.settings.peak_table_learning_rate == setup.table_rate * 1e-3
         assert run.settings.table_beta1 == setup.table_beta1
+        assert run.settings.peak_retrieval_learning_rate == setup.retrieval_rate * 1e-3
         blocks = {"middle": [1], "all": [0, 1, 2], "first": [0], "last": [2]}[setup.placement]
         assert [i for i, kind in enumerate(config.mlp_layer_types) if kind == "peer"] == blocks
         assert run.settings.seed == 3

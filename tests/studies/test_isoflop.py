@@ -211,6 +211,18 @@ def test_phases_follow_from_what_earlier_ones_came_to(tiny_settings, ledger):
     assert {run.settings.table_learning_rate for run in phases[2].runs if "peer" in run.name} == {8e-3}
 
 
+def test_what_retrieves_learns_at_its_own_rate_and_a_layer_without_it_is_the_same_run(tiny_settings, ledger):
+    slow, usual = make_options(tiny_settings, retrieval_rate=0.25), make_options(tiny_settings)
+    assert usual.retrieval_rate == 1
+    dense, peer = (slow.run(method, 1e9, Size(24, 2), 2e-3, 0, "sizes") for method in ("dense", "peer"))
+    assert peer.settings.peak_retrieval_learning_rate == 5e-4
+    ledger.append(make_row(usual.run("dense", 1e9, Size(24, 2), 2e-3, 0, "sizes"), 3.0))
+    assert ledger.has(dense)
+    ledger.append(make_row(usual.run("peer", 1e9, Size(24, 2), 2e-3, 0, "sizes"), 3.0))
+    with pytest.raises(ValueError, match=r"retrieval_learning_rate: 0\.0005, not 0\.002"):
+        ledger.has(peer)
+
+
 def test_all_sizes_may_get_all_seeds(tiny_settings, ledger):
     options = make_options(tiny_settings, all_sizes=True, seeds=3)
     later = plan(options, ledger)[0].later
@@ -245,6 +257,7 @@ def test_a_diverged_rate_is_not_chosen_and_all_diverged_is_an_error(tiny_setting
         ({"learning_rates": (0.0,)}, "learning_rates must be positive"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"table_rate": 0}, "table_rate must be positive"),
+        ({"retrieval_rate": -1}, "retrieval_rate must be positive"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(changes, message, tiny_settings):

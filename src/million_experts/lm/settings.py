@@ -99,6 +99,11 @@ class TrainSettings:
     table_learning_rate: float | None = _option(
         None, "Training", f"Peak learning rate of the expert tables; by default {TABLE_RATE} x learning_rate."
     )
+    retrieval_learning_rate: float | None = _option(
+        None,
+        "Training",
+        "Peak learning rate of query projections and sub-keys; by default learning_rate.",
+    )
     weight_decay: float = _option(0.1, "Training", "Weight decay of matrices other than expert tables.")
     table_weight_decay: float = _option(0.0, "Training", "Weight decay of the expert tables.")
     adam_beta1: float = _option(0.9, "Training", "AdamW's decay of the first moment.")
@@ -156,7 +161,7 @@ class TrainSettings:
             _at_least("max_documents", self.max_documents, 3)
         for name in ("weight_decay", "table_weight_decay", "warmup_steps", "max_grad_norm", "seed"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("learning_rate", "table_learning_rate"):
+        for name in ("learning_rate", "table_learning_rate", "retrieval_learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -190,6 +195,12 @@ class TrainSettings:
         """The peak learning rate of the expert tables, where none is given too."""
         given = self.table_learning_rate
         return TABLE_RATE * self.learning_rate if given is None else given
+
+    @property
+    def peak_retrieval_learning_rate(self) -> float:
+        """The peak learning rate of query projections and sub-keys, where none is given too."""
+        given = self.retrieval_learning_rate
+        return self.learning_rate if given is None else given
 
     @property
     def table_beta1(self) -> float:

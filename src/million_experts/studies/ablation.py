@@ -35,6 +35,10 @@ PLACEMENTS: dict[str, Callable[[int], Sequence[int]]] = {
 }
 
 
+# What of a setup is no argument of the layer.
+TRAINING = ("placement", "table_rate", "table_beta1", "retrieval_rate")
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a run trains, by all that the axes vary. Names are those of `PEER`'s arguments.
@@ -43,6 +47,7 @@ class Setup:
         placement: one of `PLACEMENTS`; other blocks have dense feed-forwards.
         table_rate: the table's peak learning rate in multiples of the others'.
         table_beta1: AdamW's decay of the table's first moment.
+        retrieval_rate: the peak learning rate of query projection and sub-keys in multiples of the others'.
     """
 
     num_experts: int
@@ -57,6 +62,7 @@ class Setup:
     placement: str
     table_rate: float
     table_beta1: float
+    retrieval_rate: float
 
     @classmethod
     def of(cls, settings: TrainSettings) -> Setup:
@@ -64,8 +70,14 @@ class Setup:
         arguments = complete_arguments("peer", settings.peer)
         arguments["num_experts"] = math.prod(factorise(arguments["num_experts"]))
         own = {f.name: arguments[f.name] for f in dataclasses.fields(cls) if f.name in arguments}
-        rate = settings.peak_table_learning_rate / settings.learning_rate
-        return cls(**own, placement="middle", table_rate=round(rate, 6), table_beta1=settings.table_beta1)
+        table, retrieval = settings.peak_table_learning_rate, settings.peak_retrieval_learning_rate
+        return cls(
+            **own,
+            placement="middle",
+            table_rate=round(table / settings.learning_rate, 6),
+            table_beta1=settings.table_beta1,
+            retrieval_rate=round(retrieval / settings.learning_rate, 6),
+        )
 
     @property
     def active(self) -> int:
@@ -79,11 +91,7 @@ class Setup:
 
     def settings(self, base: TrainSettings) -> TrainSettings:
         """`base` with this layer; its gradients are sparse, as in the presets."""
-        arguments = {
-            name: value
-            for name, value in dataclasses.asdict(self).items()
-            if name not in ("placement", "table_rate", "table_beta1")
-        }
+        arguments = {name: value for name, value in dataclasses.asdict(self).items() if name not in TRAINING}
         kinds = ["dense"] * base.num_hidden_layers
         for block in PLACEMENTS[self.placement](base.num_hidden_layers):
             kinds[block] = "peer"
@@ -93,6 +101,7 @@ class Setup:
                 "peer": {**arguments, "sparse_grad": True},
                 "table_learning_rate": self.table_rate * base.learning_rate,
                 "table_adam_beta1": self.table_beta1,
+                "retrieval_learning_rate": self.retrieval_rate * base.learning_rate,
             }
         )
 
@@ -165,6 +174,10 @@ AXES = {
         "Learning rate of the table, in multiples of the others'", _each("table_rate", (1.0, 2.0, 4.0, 8.0))
     ),
     "table_beta1": Axis("Momentum of the table: AdamW's first beta", _each("table_beta1", (0.0, 0.9))),
+    "retrieval_rate": Axis(
+        "Learning rate of query projection and sub-keys, in multiples of the others'",
+        _each("retrieval_rate", (0.125, 0.25, 0.5, 1.0)),
+    ),
     "init_std": Axis("Standard deviation of the output at step 0", _each("init_std", (0.03, 0.1, 0.2))),
     "shared_width": Axis(
         "A dense branch beside the experts",

@@ -43,6 +43,9 @@ ContextTokens = Annotated[int, typer.Option("--context", help="Tokens of a train
 BatchSize = Annotated[int, typer.Option(help="Sequences in a micro-batch.")]
 Accumulation = Annotated[int, typer.Option("--gradient-accumulation-steps", help="Micro-batches in a step.")]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16, as in `train`.")]
+RetrievalRate = Annotated[
+    float, typer.Option(help="Learning rate of query projections and sub-keys, in units of the others'.")
+]
 TableBeta1 = Annotated[
     float, typer.Option(help="AdamW's decay of the first moment of tables; 0 is without momentum.")
 ]
@@ -78,6 +81,7 @@ def isoflop(
     table_rate: Annotated[
         float, typer.Option(help="Learning rate of tables of experts or values, in units of the others'.")
     ] = TABLE_RATE,
+    retrieval_rate: RetrievalRate = 1.0,
     table_beta1: TableBeta1 = 0.0,
     table_second_moment: TableSecondMoment = "row",
     all_sizes: Annotated[
@@ -126,6 +130,7 @@ def isoflop(
         learning_rates=_numbers("learning_rates", learning_rates),
         arguments={name: layer_arguments(name, pairs) for name, pairs in given.items() if pairs},
         table_rate=table_rate,
+        retrieval_rate=retrieval_rate,
         all_sizes=all_sizes,
         base=TrainSettings(
             data=list(data),
@@ -181,6 +186,7 @@ def ablation(
     table_rate: Annotated[
         float, typer.Option(help="Learning rate of the base's table, in units of the others'.")
     ] = TABLE_RATE,
+    retrieval_rate: RetrievalRate = 1.0,
     table_beta1: TableBeta1 = 0.0,
     table_second_moment: TableSecondMoment = "row",
     data: Data = DATA,
@@ -222,6 +228,7 @@ def ablation(
         steps=steps,
         learning_rate=learning_rate,
         table_learning_rate=table_rate * learning_rate,
+        retrieval_learning_rate=retrieval_rate * learning_rate,
         peer={"num_experts": num_experts, **layer_arguments("peer", peer)},
         dense=layer_arguments("dense", dense),
     )

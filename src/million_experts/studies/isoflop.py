@@ -19,6 +19,7 @@ from rich.console import Console
 from million_experts.lm.settings import TABLE_RATE, TrainSettings
 from million_experts.lm.training import model_config
 from million_experts.models import count_parameters
+from million_experts.models.feed_forwards import FEED_FORWARDS
 from million_experts.studies.causality import measure_modes
 from million_experts.studies.flops import training_flops_per_token
 from million_experts.studies.runs import Ledger, Row, Run, execute, print_runs, training_steps
@@ -117,6 +118,7 @@ class Options:
         arguments: method -> arguments of its layer, in place of the defaults; those of "peer" hold for
             "peer_shared", too, and those of "dense" for the other blocks of every method.
         table_rate: learning rate of tables over that of the rest.
+        retrieval_rate: that of query projections and sub-keys.
         all_sizes: the other seeds at every size, not at the best alone.
     """
 
@@ -128,6 +130,7 @@ class Options:
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     table_rate: float = TABLE_RATE
+    retrieval_rate: float = 1.0
     all_sizes: bool = False
 
     def __post_init__(self) -> None:
@@ -144,8 +147,9 @@ class Options:
                 raise ValueError(f"methods must be of {', '.join(METHODS)}; got {method!r}")
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
-        if not self.table_rate > 0:
-            raise ValueError(f"table_rate must be positive, got {self.table_rate}")
+        for name in ("table_rate", "retrieval_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     def sizes_at(self, budget: float) -> tuple[Size, ...]:
         """The sizes of a budget, by rising width."""
@@ -188,11 +192,13 @@ class Options:
         """
         settings = self._settings(method, size)
         config = model_config(settings, settings.vocab_size)
+        routed = FEED_FORWARDS[METHODS[method].kind].is_routed
         settings = dataclasses.replace(
             settings,
             steps=training_steps(budget, config, settings),
             learning_rate=learning_rate,
             table_learning_rate=self.table_rate * learning_rate,
+            retrieval_learning_rate=self.retrieval_rate * learning_rate if routed else None,
             seed=seed,
         )
         return Run(

@@ -176,6 +176,7 @@ def stored_settings(settings: TrainSettings) -> dict[str, Any]:
     values["mlp_layer_types"] = config.mlp_layer_types
     values["num_key_value_heads"] = config.num_key_value_heads
     values["table_learning_rate"] = settings.peak_table_learning_rate
+    values["retrieval_learning_rate"] = settings.peak_retrieval_learning_rate
     values["table_adam_beta1"] = settings.table_beta1
     for kind in FEED_FORWARDS:
         arguments = getattr(config, kind) if kind in (config.mlp_layer_types or []) else {}
