@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import re
+from dataclasses import replace
 
 import matplotlib.image
 import pytest
@@ -221,6 +222,22 @@ def test_what_retrieves_learns_at_its_own_rate_and_a_layer_without_it_is_the_sam
     ledger.append(make_row(usual.run("peer", 1e9, Size(24, 2), 2e-3, 0, "sizes"), 3.0))
     with pytest.raises(ValueError, match=r"retrieval_learning_rate: 0\.0005, not 0\.002"):
         ledger.has(peer)
+
+
+def test_the_report_says_what_learns_at_other_rates(tiny_settings, ledger):
+    base = replace(make_options(tiny_settings).base, table_adam_beta1=0.0)
+    options = make_options(tiny_settings, base=base, table_rate=8.0, retrieval_rate=0.25)
+    for run in plan(options, ledger)[0].runs:
+        usage = {"layers.1.mlp": {"usage": 0.5}} if run.labels["method"] == "peer" else {}
+        ledger.append(make_row(run, 3.0) | {"expert_usage": usage})
+    tables, retrieval = "Tables learn at 8 times the rate", "query projections and sub-keys at 0.25 times"
+    assert f"{tables}, without momentum, {retrieval}." in write_report(ledger).read_text()
+    # Rows of an older release do not have the rate; then it was that of the rest.
+    lines = [json.loads(line) for line in ledger.path.read_text().splitlines()]
+    for row in lines:
+        del row["settings"]["retrieval_learning_rate"]
+    ledger.path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    assert f"{tables}, without momentum." in write_report(ledger).read_text()
 
 
 def test_all_sizes_may_get_all_seeds(tiny_settings, ledger):

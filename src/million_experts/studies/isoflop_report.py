@@ -148,8 +148,7 @@ def _sweep(study: _Study) -> str:
     if head is not None:
         parts.append(
             f"Validation loss at {format_budget(head['budget'])} FLOPs, size {head['size']}, first seed; the "
-            "best, in bold, is used from there on. Tables learn at "
-            f"{study.sweep[0]['settings']['table_learning_rate'] / head['learning_rate']:g} times the rate."
+            f"best, in bold, is used from there on. {_other_rates(study.sweep)}"
         )
     header = ("method", *(f"{rate:g}" for rate in rates), "runs")
     parts.append(markdown_table(header, lines))
@@ -185,6 +184,20 @@ def _sizes(study: _Study) -> str:
 def _parabola(rows: Sequence[Row]) -> Any:
     trained = [row for row in rows if not math.isinf(validation_loss(row))]
     return fit_parabola([row["flops"]["per_token"] for row in trained], list(map(validation_loss, trained)))
+
+
+def _other_rates(sweep: Sequence[Row]) -> str:
+    """What learns at another rate than the rest, or otherwise; rows of an older release may not say all."""
+    settings = sweep[0]["settings"]
+    tables = f"{settings['table_learning_rate'] / settings['learning_rate']:g}"
+    text = f"Tables learn at {tables} times the rate"
+    if settings.get("table_adam_beta1") == 0:
+        text += ", without momentum"
+    routed = [row["settings"] for row in sweep if row["expert_usage"]]
+    rates = {s.get("retrieval_learning_rate", s["learning_rate"]) / s["learning_rate"] for s in routed}
+    for rate in sorted(rates - {1.0}):
+        text += f", query projections and sub-keys at {rate:g} times"
+    return text + "."
 
 
 def _best_models(study: _Study, budget: float) -> str:
