@@ -17,6 +17,7 @@ from million_experts.lm.settings import load_preset
 from million_experts.studies import ostix360, ostix360_report, speed
 from million_experts.studies.ostix360 import (
     BASELINE,
+    PEER_TRAINING,
     PRESETS,
     choose_tests,
     ostix360_runs,
@@ -76,11 +77,12 @@ def test_with_a_small_vocabulary_pools_make_the_parameters_equal():
 
 
 def test_other_arguments_keep_the_parameters_equal():
-    tests = choose_tests(SMALL, {"key_dim": 128, "share_keys": True, "table_learning_rate": 2e-3})
+    learning = {"table_learning_rate": 2e-3, "table_adam_beta1": 0.0, "retrieval_learning_rate": 1e-4}
+    tests = choose_tests(SMALL, {"key_dim": 128, "share_keys": True, **learning})
     target = parameters(tests[BASELINE])
     for name in ("peer", "peer_glu"):
         assert tests[name].peer["key_dim"] == 128
-        assert tests[name].table_learning_rate == 2e-3
+        assert {key: getattr(tests[name], key) for key in PEER_TRAINING} == learning
         assert parameters(tests[name]) == pytest.approx(target, rel=0.01)
     # A query projection twice as wide leaves room for fewer experts.
     assert sizes(tests)["peer"] < 35**2

@@ -160,7 +160,8 @@ def ablation(
         str | None,
         typer.Option(
             help="What to vary, with commas between: num_experts, active, heads, query_norm, share_keys, "
-            "score, glu, placement, table_rate, init_std, shared_width. By default all.",
+            "score, glu, placement, table_rate, table_beta1, retrieval_rate, init_std, shared_width. "
+            "By default all.",
             show_default=False,
         ),
     ] = None,
@@ -260,8 +261,9 @@ def ostix360(
     peer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Other arguments of the PEER layers as name=value, or table_learning_rate=value: a variant "
-            "of both tests, beside them in the report, with as many parameters. Repeat for several.",
+            help="Other arguments of the PEER layers as name=value, or how they learn (table_learning_rate, "
+            "table_adam_beta1, retrieval_learning_rate): a variant of both tests, beside them in the report, "
+            "with as many parameters. Repeat for several.",
             rich_help_panel="Layers",
             show_default=False,
         ),

@@ -58,6 +58,9 @@ PUBLISHED = {
 # The predecessor's own words about PEER over its baseline: "at least".
 PUBLISHED_TIME, PUBLISHED_MEMORY = 7, 3
 
+# Settings that say how PEER's own parameters learn.
+PEER_TRAINING = ("table_learning_rate", "table_adam_beta1", "retrieval_learning_rate")
+
 
 def choose_tests(
     changes: Mapping[str, Any] | None = None,
@@ -68,7 +71,7 @@ def choose_tests(
 
     Args:
         changes: settings in place of the presets'. With `steps`, the warm-up is in proportion.
-        peer: arguments of the PEER layers in place of the presets', and `table_learning_rate`.
+        peer: arguments of the PEER layers in place of the presets', and settings of `PEER_TRAINING`.
         tests: names in `PRESETS`.
 
     With another vocabulary or arguments of PEER but `num_experts`, the pools are the squares that bring the
@@ -81,10 +84,7 @@ def choose_tests(
     changes, arguments = dict(changes or {}), dict(peer or {})
     if "steps" in changes:
         changes["warmup_steps"] = WARM_UP
-    if "table_learning_rate" in arguments:
-        table_rate = {"table_learning_rate": arguments.pop("table_learning_rate")}
-    else:
-        table_rate = {}
+    training = {name: arguments.pop(name) for name in PEER_TRAINING if name in arguments}
     target = parameters(replace(load_preset(PRESETS[BASELINE]), **changes))
     selected = {}
     for name in tests:
@@ -92,7 +92,7 @@ def choose_tests(
             raise ValueError(f"tests must be among {', '.join(PRESETS)}, got {name!r}")
         settings = replace(load_preset(PRESETS[name]), **changes)
         if name != BASELINE:
-            settings = replace(settings.with_overrides({"peer": arguments}), **table_rate)
+            settings = replace(settings.with_overrides({"peer": arguments}), **training)
             if ("vocab_size" in changes or arguments) and "num_experts" not in arguments:
                 settings = _with_pool_for(settings, target)
         own = parameters(settings)
