@@ -18,7 +18,7 @@ from million_experts.layers import DenseFeedForward, TokenChoiceMoE
 from million_experts.models import PeerForCausalLM, count_parameters
 from million_experts.studies.command import isoflop
 from million_experts.studies.flops import training_flops_per_token
-from million_experts.studies.isoflop import METHODS, Options, Size, format_budget, plan
+from million_experts.studies.isoflop import METHODS, Options, Size, by_budget, format_budget, plan
 from million_experts.studies.report import write_report
 from million_experts.studies.runs import Ledger, stored_settings
 
@@ -238,6 +238,20 @@ def test_the_report_says_what_learns_at_other_rates(tiny_settings, ledger):
         del row["settings"]["retrieval_learning_rate"]
     ledger.path.write_text("".join(json.dumps(row) + "\n" for row in lines))
     assert f"{tables}, without momentum." in write_report(ledger).read_text()
+
+
+def test_each_budget_may_have_sizes_of_its_own(tiny_settings, ledger):
+    small, large = (Size(16, 2), Size(24, 2)), (Size(24, 2), Size(32, 2), Size(40, 2))
+    assert by_budget((3e8, 1e9), []) is None
+    assert by_budget((3e8, 1e9), [small]) == small
+    assert by_budget((1e9, 3e8), [large, small]) == {3e8: small, 1e9: large}
+    with pytest.raises(ValueError, match="once for each of the 3, got 2 lists"):
+        by_budget((1.0, 2.0, 3.0), [small, large])
+    options = make_options(tiny_settings, sizes=by_budget((3e8, 1e9), [small, large]))
+    phases = fill(options, ledger, lambda labels: 3.0)
+    assert {run.labels["size"] for run in phases[0].runs} == {"24x2"}  # of the smallest budget the middle one
+    trained = {(run.labels["budget"], run.labels["size"]) for run in phases[1].runs}
+    assert trained == {(3e8, "16x2"), (3e8, "24x2"), (1e9, "24x2"), (1e9, "32x2"), (1e9, "40x2")}
 
 
 def test_all_sizes_may_get_all_seeds(tiny_settings, ledger):

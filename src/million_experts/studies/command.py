@@ -67,10 +67,11 @@ def isoflop(
     ] = "dense,swiglu,moe,expert_choice,pkm,memory_plus,peer,peer_shared",
     seeds: Seeds = 3,
     sizes: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Models as WIDTHxBLOCKS with commas between, e.g. 64x3,128x4; by default those whose "
-            "dense form sees 5 to 60 tokens for each of its parameters.",
+            help="Models as WIDTHxBLOCKS with commas between, e.g. 64x3,128x4: once for all budgets, or once "
+            "for each, in their order. By default those whose dense form sees 5 to 60 tokens for each of its "
+            "parameters.",
             show_default=False,
         ),
     ] = None,
@@ -111,7 +112,7 @@ def isoflop(
     First a sweep of the learning rate for each method, then all sizes with the first seed, then the other
     seeds at the best size: choices by validation loss. Interrupt at will: the same command goes on.
     """
-    from million_experts.studies.isoflop import Options, Size, print_plan, run_study
+    from million_experts.studies.isoflop import Options, Size, by_budget, print_plan, run_study
 
     given = {
         "peer": peer,
@@ -126,7 +127,7 @@ def isoflop(
         budgets=tuple(budget),
         methods=tuple(_names(methods)),
         seeds=seeds,
-        sizes=None if sizes is None else tuple(map(Size.parse, _names(sizes))),
+        sizes=by_budget(budget, [tuple(map(Size.parse, _names(text))) for text in sizes or ()]),
         learning_rates=_numbers("learning_rates", learning_rates),
         arguments={name: layer_arguments(name, pairs) for name, pairs in given.items() if pairs},
         table_rate=table_rate,

@@ -104,6 +104,24 @@ LADDER = tuple(
 TOKENS_PER_PARAMETER = 5, 60
 
 
+def by_budget(
+    budgets: Sequence[float], sizes: Sequence[tuple[Size, ...]]
+) -> tuple[Size, ...] | Mapping[float, tuple[Size, ...]] | None:
+    """Sizes as `Options` has them, from none, one list for all budgets or one for each.
+
+    Raises:
+        ValueError: another number of lists.
+    """
+    if len(sizes) not in (0, 1, len(budgets)):
+        raise ValueError(
+            f"sizes must be given once for all budgets or once for each of the {len(budgets)}, got "
+            f"{len(sizes)} lists"
+        )
+    if len(sizes) <= 1:
+        return sizes[0] if sizes else None
+    return dict(zip(budgets, sizes, strict=True))
+
+
 @dataclass(frozen=True)
 class Options:
     """What a study compares.
@@ -112,7 +130,7 @@ class Options:
         budgets: training FLOPs.
         methods: names in `METHODS`.
         seeds: how many; they are 0, 1, ...
-        sizes: of every budget; None chooses by budget.
+        sizes: of every budget, or of each; None chooses by budget.
         learning_rates: of the sweep.
         base: the settings that all runs share.
         arguments: method -> arguments of its layer, in place of the defaults; those of "peer" hold for
@@ -126,7 +144,7 @@ class Options:
     base: TrainSettings
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: int = 3
-    sizes: tuple[Size, ...] | None = None
+    sizes: tuple[Size, ...] | Mapping[float, tuple[Size, ...]] | None = None
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     table_rate: float = TABLE_RATE
@@ -153,6 +171,8 @@ class Options:
 
     def sizes_at(self, budget: float) -> tuple[Size, ...]:
         """The sizes of a budget, by rising width."""
+        if isinstance(self.sizes, Mapping):
+            return self.sizes[budget]
         if self.sizes is not None:
             return self.sizes
         low, high = TOKENS_PER_PARAMETER
