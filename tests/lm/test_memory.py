@@ -113,6 +113,31 @@ def test_a_table_without_momentum_is_expected_to_take_less():
     assert estimate(table_adam_beta1=0.0, table_second_moment="row") == estimate()
 
 
+def test_tables_of_memories_are_counted_like_those_of_experts():
+    layer = {"num_experts": 65536, "num_heads": 4, "experts_per_head": 8, "key_dim": 32}
+    table, picked = 65536 * 256 * 4, 8 * 128 * 4 * 8 * 256 * 4
+    momentum_free = {"table_adam_beta1": 0.0, "table_second_moment": "row"}
+    saved = table - picked + table + table - table // 256
+    for kind, tables in (("pkm", 2), ("memory_plus", 1)):  # the latter's layers share one
+        base = {"mlp_layer_types": kind, kind: layer}
+        sparse = base | {kind: layer | {"sparse_grad": True}} | momentum_free
+        more = 0 if tables == 2 else min(2 * picked, table) - picked
+        assert estimate(**base) - estimate(**sparse) == tables * saved - more
+
+
+def test_logits_are_counted_with_what_the_loss_makes_of_them():
+    tokens, more = 8 * 128, 30_000 - 300
+    embeddings = 16 * more * 256  # tied; weights, gradient and two moments
+    for changes, per_logit in (
+        ({"precision": "float32"}, 8),
+        ({"precision": "bfloat16"}, 6),
+        ({"precision": "float32", "torch_compile": True}, 16),
+        ({"precision": "bfloat16", "torch_compile": True}, 12),
+    ):
+        added = estimate(vocab_size=30_000, **changes) - estimate(**changes)
+        assert added == tokens * more * per_logit + embeddings
+
+
 def test_what_takes_more_is_expected_to_take_more():
     base = estimate()
     assert estimate(batch_size=16) > base

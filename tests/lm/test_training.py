@@ -432,12 +432,14 @@ def test_the_optimiser_is_what_the_settings_say(folder, tmp_path, sparse_grad):
         adam_beta2=0.97,
         table_adam_beta1=0.0,
         table_second_moment="row",
+        retrieval_learning_rate=2e-4,
         seed=7,
     ).with_overrides({"peer": {"sparse_grad": sparse_grad}})
     model = PeerForCausalLM(model_config(settings, 300))
     optimizer = make_optimizer(model, settings)
-    *others, table = optimizer.param_groups
+    *others, table, retrieval = optimizer.param_groups
     (experts,) = table["params"]
+    assert (retrieval["lr"], retrieval["betas"]) == (2e-4, (0.9, 0.97))
     assert experts is next(m for m in model.modules() if isinstance(m, PEER)).experts
     assert (table["lr"], table["betas"], table["weight_decay"]) == (5e-3, (0.0, 0.97), 0.0)
     assert {(group["lr"], group["betas"]) for group in others} == {(1e-3, (0.9, 0.97))}

@@ -54,6 +54,18 @@ def test_bfloat16_is_widened_and_comes_back(tiny_model, tokens, monkeypatch):
     assert (wide - exact).square().mean() <= 1.1 * (narrow - exact).square().mean()
 
 
+def test_a_model_in_bfloat16_stays_so(tiny_model, tokens):
+    model = tiny_model().bfloat16()
+    B, L = tokens.shape
+    causal = torch.full((B, 1, L, L), -torch.inf, dtype=torch.bfloat16).triu(1)
+    model.set_attn_implementation(WIDE_ATTENTION)
+    ours = [model(tokens, attention_mask=mask).logits for mask in (None, causal)]
+    assert {logits.dtype for logits in ours} == {torch.bfloat16}
+    assert torch.equal(*ours)
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(ours[0], model(tokens).logits, rtol=0.1, atol=0.1)
+
+
 def test_a_saved_model_does_not_ask_for_it(tiny_model, tmp_path):
     model = tiny_model()
     model.set_attn_implementation(WIDE_ATTENTION)

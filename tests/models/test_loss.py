@@ -77,6 +77,19 @@ def test_no_label_gives_what_a_mean_of_nothing_is():
     assert gradient.isnan().all() or (gradient == 0).all()
 
 
+def test_labels_that_do_not_fit_are_refused():
+    logits = torch.randn(2, 4, 6)
+    for labels, message in (
+        (torch.zeros(2, 3, dtype=torch.int64), r"for each token of logits \[2, 4, 6\], got 6"),
+        (torch.full((2, 4), 6), r"labels must be -100 or in 0 \.\.\. 5, got 6"),
+        (torch.full((2, 4), -1), r"got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            causal_language_model_loss(logits, labels, 6)
+    empty = causal_language_model_loss(torch.randn(2, 0, 6), torch.zeros(2, 0, dtype=torch.int64), 6)
+    assert math.isnan(empty)
+
+
 def test_what_is_not_finite_shows():
     logits = torch.randn(1, 4, 6)
     logits[0, 1, 2] = math.inf

@@ -475,10 +475,14 @@ def test_momentum_cannot_begin_where_none_was_kept(everywhere):
     before = p.detach().clone()
     optimizer.param_groups[0]["betas"] = (0.9, 0.9)
     for use in (optimizer.step, lambda: optimizer.begin_step(p)):
-        with pytest.raises(ValueError, match=r"beta1 must stay 0 .* got 0.9"):
+        with pytest.raises(ValueError, match=r"first of betas must stay 0 .* got \(0\.9, 0\.9\)"):
             use()
     assert torch.equal(p, before)
     assert optimizer.state[p]["step"] == 1
+    optimizer.flush()  # takes no gradient, so momentum means nothing to it
+    p.grad = torch.ones(3, 4)
+    optimizer.step()  # a dense gradient begins a first moment
+    assert torch.equal(optimizer.state[p]["exp_avg"], torch.full((3, 4), 1 - 0.9))
 
 
 def test_a_table_without_momentum_may_turn_dense_and_back(everywhere):

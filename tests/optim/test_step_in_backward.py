@@ -51,7 +51,14 @@ def train(layer: PEER, optimizer: RowwiseAdamW, steps: int = 5, mask: torch.Tens
 
 @pytest.mark.parametrize("glu", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("options", [{}, {"second_moment": "row", "momentum_dtype": torch.bfloat16}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"second_moment": "row", "momentum_dtype": torch.bfloat16},
+        {"second_moment": "row", "betas": (0.0, 0.9)},
+    ],
+)
 def test_the_same_bits_as_a_step_after_backward(glu, masked, options, backend, monkeypatch):
     if backend == "cpu":  # several parts, the last one smaller
         monkeypatch.setattr("million_experts.ops.cpu.VISIT_BYTES", 10 * 2 * 20 * 4)

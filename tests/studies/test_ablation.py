@@ -318,7 +318,8 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path):
         "study ablation --axes query_norm,active,glu --pools 64,144 --steps 6 --seeds 2 --usage-tokens 200 "
         "--num-experts 64 --peer num_heads=2 --peer experts_per_head=4 --peer key_dim=8 --dense width=32 "
         "--hidden-size 16 --num-hidden-layers 2 --num-attention-heads 2 --vocab-size 300 --context 32 "
-        "--batch-size 4 --precision float32 --max-documents 100"
+        "--batch-size 4 --precision float32 --max-documents 100 --table-beta1 0.3 --retrieval-rate 0.25 "
+        "--table-second-moment element"
     ).split()
     command += ["--data", str(text_file), "--cache-dir", str(tmp_path / "cache")]
     command += ["--output", str(tmp_path / "out")]
@@ -339,8 +340,16 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path):
         assert "tests" not in row, "nothing is chosen by the test texts"
         ((figures),) = row["measured"]["usage"].values()
         assert figures["tokens"] == 224  # 200, in rows of 32
+        settings = row["settings"]
+        assert (settings["table_adam_beta1"], settings["table_second_moment"]) == (0.3, "element")
+        assert settings["retrieval_learning_rate"] == 0.25 * settings["learning_rate"]
         batch = row["settings"]["peer"]["query_norm"] == "batch"
         assert ("batch_norm" in row["measured"]) == batch
+    old = [json.loads(line) for line in (out / "ablation.jsonl").read_text().splitlines()]
+    for row in old:  # as an older release wrote them
+        for setup in (row["labels"]["setup"], row["labels"]["base"]):
+            del setup["table_beta1"], setup["retrieval_rate"]
+    assert sections(old, tmp_path)
     page = (out / "ablation.md").read_text()
     assert "Usage and unevenness (KL from uniform, nats) are over 224 validation tokens" in page
     assert {path.name for path in out.iterdir()} == {

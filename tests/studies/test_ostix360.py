@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from million_experts import cli
 from million_experts.benchmarks.memory import Peak
 from million_experts.lm.settings import load_preset
+from million_experts.models.attention import WIDE_ATTENTION
 from million_experts.studies import ostix360, ostix360_report, speed
 from million_experts.studies.ostix360 import (
     BASELINE,
@@ -77,7 +78,12 @@ def test_with_a_small_vocabulary_pools_make_the_parameters_equal():
 
 
 def test_other_arguments_keep_the_parameters_equal():
-    learning = {"table_learning_rate": 2e-3, "table_adam_beta1": 0.0, "retrieval_learning_rate": 1e-4}
+    learning = {
+        "table_learning_rate": 2e-3,
+        "table_adam_beta1": 0.0,
+        "table_second_moment": "row",
+        "retrieval_learning_rate": 1e-4,
+    }
     tests = choose_tests(SMALL, {"key_dim": 128, "share_keys": True, **learning})
     target = parameters(tests[BASELINE])
     for name in ("peer", "peer_glu"):
@@ -134,9 +140,13 @@ def tiny_tests(text_file, tmp_path, peer=None):
     return choose_tests(changes, peer)
 
 
-def test_steps_are_timed_in_turns_and_compared_round_by_round(text_file, tmp_path, narrow, monkeypatch):
+@pytest.mark.parametrize(("precision", "attention"), [("float32", "sdpa"), ("bfloat16", WIDE_ATTENTION)])
+def test_steps_are_timed_in_turns_and_compared_round_by_round(
+    text_file, tmp_path, precision, attention, narrow, monkeypatch
+):
     """With times and peaks made up: what is made of them, and that each model trains as `train` does."""
-    tests = tiny_tests(text_file, tmp_path)
+    tests = tiny_tests(text_file, tmp_path, {"table_adam_beta1": 0.25})
+    tests = {name: replace(settings, precision=precision) for name, settings in tests.items()}
     order = []
     times = {"moe": [1.0, 2.0, 3.0], "peer": [3.0, 2.0, 3.0]}
 
@@ -145,6 +155,9 @@ def test_steps_are_timed_in_turns_and_compared_round_by_round(text_file, tmp_pat
         name = "moe" if "TokenChoiceMoE" in str(workload.module.model.model.layers[0].mlp) else "peer"
         optimizer = workload.optimizer(workload.module)
         assert type(optimizer).__name__ == "AdamW"
+        assert workload.module.model.config._attn_implementation == attention
+        if name == "peer":
+            assert optimizer.param_groups[-1]["betas"] == (0.25, 0.999)
         assert len(optimizer.param_groups) > 1
 
         def run(count):

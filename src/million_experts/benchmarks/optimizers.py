@@ -91,15 +91,18 @@ class AsInTraining:
 
     optimizer: AdamW | Rowwise
     max_norm: float = 1.0
+    table_betas: tuple[float, float] | None = None
 
     def __call__(self, module: nn.Module, parameters: Iterable[Any] | None = None) -> torch.optim.Optimizer:
-        groups = parameter_groups(module, RATE, weight_decay=0.1) if parameters is None else parameters
-        made = self.optimizer(module, groups)
+        if parameters is None:
+            parameters = parameter_groups(module, RATE, weight_decay=0.1, table_betas=self.table_betas)
+        made = self.optimizer(module, parameters)
 
         def clip(*_: Any) -> None:
             clip_grad_norm_(module.parameters(), self.max_norm)
 
-        made.register_step_pre_hook(clip)
+        if self.max_norm > 0:
+            made.register_step_pre_hook(clip)
         return made
 
     def estimate(self, module: nn.Module, picks: int) -> tuple[int, int]:

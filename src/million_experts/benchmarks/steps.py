@@ -173,6 +173,7 @@ def _new_model(
     **peer: Any,
 ) -> nn.Module:
     try:
+        from million_experts.lm.training import with_fast_attention
         from million_experts.models import PeerConfig, PeerForCausalLM
     except ImportError as error:
         raise Unavailable(f"transformers cannot be imported ({error}): pip install transformers") from error
@@ -181,15 +182,14 @@ def _new_model(
     if num_experts:
         kinds[blocks // 2] = "peer"
         arguments = {"num_experts": num_experts, "sparse_grad": sparse_grad, **peer}
-    return PeerForCausalLM(
-        PeerConfig(
-            vocab_size=vocab_size,
-            hidden_size=dim,
-            num_hidden_layers=blocks,
-            num_attention_heads=attention_heads,
-            max_position_embeddings=context,
-            mlp_layer_types=kinds,
-            peer=arguments,
-            dense={"width": 4 * dim},
-        )
+    config = PeerConfig(
+        vocab_size=vocab_size,
+        hidden_size=dim,
+        num_hidden_layers=blocks,
+        num_attention_heads=attention_heads,
+        max_position_embeddings=context,
+        mlp_layer_types=kinds,
+        peer=arguments,
+        dense={"width": 4 * dim},
     )
+    return with_fast_attention(PeerForCausalLM(config), "auto")

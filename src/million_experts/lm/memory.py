@@ -1,5 +1,6 @@
 """What a training run will need, before anything is allocated."""
 
+import copy
 import ctypes
 import math
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from million_experts.layers import ProductKeyRetrieval
 from million_experts.layers.retrieval import factorise
 from million_experts.lm.settings import TrainSettings
-from million_experts.models import PeerConfig, memory_estimate
+from million_experts.models import PeerConfig, PeerForCausalLM, memory_estimate
 
 # Resident memory of a process that has imported everything and trains nothing, measured.
 PROCESS_BYTES = 700 * 2**20
@@ -20,21 +22,24 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 def expected_peak(config: PeerConfig, settings: TrainSettings) -> int:
     """Bytes that training will take at its peak: the process, the model's state and a step's activations.
 
-    Weights, gradients and AdamW's moments are counted exactly; a sparse gradient as if every pick were of
-    another expert, once for each micro-batch and once more for their sum. Of the activations the logits
-    dominate, kept in the working precision and twice more in float32 for the loss and its gradient; a block
-    keeps about 20 numbers a token and unit of width, and a PEER layer about 16 numbers a chosen expert,
-    indices included.
+    Weights, gradients and AdamW's moments are counted exactly, moments that are not kept left out; a sparse
+    gradient as if every pick were of another expert, once for each micro-batch and once more for their sum.
+    Of the activations the logits dominate, and their gradient, under autocast a float32 copy of them. A block
+    keeps about 20 numbers a token and unit of width, and where attention widens them 4 in float32; a PEER
+    layer about 16 numbers a chosen expert, indices included.
 
     Measured on a CPU, the estimate was 1.0 to 1.4 times the peak resident memory of 0.5 to 2.9 GB: the demo
     with batches of 4 and 16 in float32 and bfloat16, with 262,144 experts, and `ostix360-test1` with batches
     of 4, with and without gradient checkpointing.
     """
     tokens = settings.tokens_per_micro_batch
-    width = 2 if takes_bfloat16(settings.precision) else 4
-    logits = tokens * config.vocab_size * (2 * width + 8)
+    narrow = takes_bfloat16(settings.precision)
+    width = 2 if narrow else 4
+    # transformers' loss, which a compiler takes, makes four float32 tensors of the logits' size.
+    per_logit = 2 * width + 8 if settings.torch_compile else (width + 4 if narrow else 2 * width)
     blocks = 1 if settings.gradient_checkpointing else config.num_hidden_layers
-    activations = tokens * config.hidden_size * 20 * width * blocks
+    per_unit = 20 * width + (16 if narrow else 0)
+    activations = tokens * (config.vocab_size * per_logit + config.hidden_size * per_unit * blocks)
     peer = 0
     layers = list(config.mlp_layer_types or []).count("peer")
     if config.peer is not None and layers:
@@ -42,21 +47,33 @@ def expected_peak(config: PeerConfig, settings: TrainSettings) -> int:
         peer *= 1 if settings.gradient_checkpointing else layers
         # Gate mass by head and expert in float64: the callback's, and that of the final measurement.
         peer += layers * 2 * config.peer["num_heads"] * math.prod(factorise(config.peer["num_experts"])) * 8
-    memory = memory_estimate(config)
-    state = memory.training
-    if config.peer is not None and config.peer.get("sparse_grad"):
-        picks = tokens * config.peer["num_heads"] * config.peer["experts_per_head"] * layers
-        expert = (3 if config.peer.get("glu") else 2) * config.hidden_size * 4
-        gradients = settings.gradient_accumulation_steps * min(picks * expert, memory.table_gradients)
+    with torch.device("meta"):
+        model = PeerForCausalLM(copy.deepcopy(config))  # a model notes its choice of attention in it
+    state = memory_estimate(model).training + _added_by_sparse_gradients(model, settings)
+    return PROCESS_BYTES + state + activations + peer
+
+
+def _added_by_sparse_gradients(model: PeerForCausalLM, settings: TrainSettings) -> int:
+    """Bytes that sparse gradients, and moments that are not kept, add to the state: often below 0."""
+    sharing: dict[int, list[ProductKeyRetrieval]] = {}
+    for layer in model.modules():
+        if isinstance(layer, ProductKeyRetrieval) and layer.sparse_grad:
+            sharing.setdefault(id(layer.table), []).append(layer)
+    total = 0
+    for layers in sharing.values():
+        table = layers[0].table
+        size = table.numel() * table.element_size()
+        picks = sum(layer.num_heads * layer.experts_per_head for layer in layers)
+        rows = min(settings.tokens_per_micro_batch * picks * (size // len(table)), size)
+        gradients = settings.gradient_accumulation_steps * rows
         if settings.gradient_accumulation_steps > 1:
-            gradients += min(gradients, memory.table_gradients)
-        state += gradients - memory.table_gradients
-        moment = memory.table_optimizer // 2
+            gradients += min(gradients, size)
+        total += gradients - size
         if settings.table_beta1 == 0:
-            state -= moment
+            total -= size
         if settings.table_second_moment == "row":
-            state -= moment - moment // config.hidden_size
-    return PROCESS_BYTES + state + logits + activations + peer
+            total -= size - size // table.shape[-1]
+    return total
 
 
 def available_memory() -> int:

@@ -177,8 +177,12 @@ def build_model(
     set_seed(settings.seed)
     config = model_config(settings, len(tokenizer) if vocab_size is None else vocab_size)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
-    model = PeerForCausalLM(config)
-    if takes_bfloat16(settings.precision) and not torch.accelerator.is_available():
+    return with_fast_attention(PeerForCausalLM(config), settings.precision)
+
+
+def with_fast_attention(model: PeerForCausalLM, precision: str) -> PeerForCausalLM:
+    """The model, with the attention that is fastest for training in a precision."""
+    if takes_bfloat16(precision) and not torch.accelerator.is_available():
         model.set_attn_implementation(WIDE_ATTENTION)
     return model
 

@@ -26,6 +26,8 @@ def wide_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' `sdpa_attention_forward`, computed in float32 whatever the dtypes and autocast."""
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
     with torch.autocast(query.device.type, enabled=False):
         output, weights = sdpa_attention_forward(
             module, query.float(), key.float(), value.float(), attention_mask, **kwargs

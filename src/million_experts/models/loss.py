@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-# Of the float32 numbers that are at work at a time: they shall stay in a core's cache, or keep a GPU busy.
+# Of the float32 numbers at work at a time: a thread's shall stay in its core's cache, a GPU's keep it busy.
 _CHUNK_BYTES, _CHUNK_BYTES_GPU = 2**18, 2**28
 
 
@@ -39,6 +39,10 @@ def causal_language_model_loss(
         ignore_index: see `labels`.
         shift_labels: [B, L] labels that are shifted already, in place of `labels`.
         kwargs: for transformers.
+
+    Raises:
+        ValueError: as many labels as tokens are wanted, and, on a CPU, each of them in 0 ... V - 1.
+        RuntimeError: double backward.
     """
     if torch.compiler.is_compiling():  # a compiler fuses what a loop would hide from it
         return ForCausalLMLoss(
@@ -51,11 +55,25 @@ def causal_language_model_loss(
             **kwargs,
         )
     if shift_labels is None:
-        shift_labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(logits.device)
+    _check_labels(logits, targets, vocab_size, ignore_index)
     losses = _CrossEntropy.apply(logits.reshape(-1, vocab_size), targets, ignore_index)
     items = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return losses.sum() / (items.to(logits.device) if isinstance(items, Tensor) else items)
+
+
+def _check_labels(logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int) -> None:
+    if targets.numel() * vocab_size != logits.numel():
+        raise ValueError(
+            f"labels must have one for each token of logits {list(logits.shape)}, got {targets.numel()}"
+        )
+    if targets.device.type != "cpu":  # to look at them would wait for the device
+        return
+    allowed = (targets == ignore_index) | (targets >= 0) & (targets < vocab_size)
+    if not allowed.all():
+        wrong = targets[~allowed][0]
+        raise ValueError(f"labels must be {ignore_index} or in 0 ... {vocab_size - 1}, got {wrong}")
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -89,6 +107,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _chunks(logits: Tensor) -> list[slice]:
-    chunk_bytes = _CHUNK_BYTES if logits.device.type == "cpu" else _CHUNK_BYTES_GPU
+    on_cpu = logits.device.type == "cpu"
+    chunk_bytes = _CHUNK_BYTES * torch.get_num_threads() if on_cpu else _CHUNK_BYTES_GPU
     step = max(1, chunk_bytes // (4 * max(1, logits.shape[1])))
     return [slice(start, start + step) for start in range(0, len(logits), step)]

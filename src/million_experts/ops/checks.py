@@ -127,7 +127,6 @@ def check_row_state(
     last_step: Tensor,
     history: Tensor,
     step: int,
-    beta1: float,
 ) -> None:
     """What the kernel of `rowwise_adamw` writes to.
 
@@ -135,8 +134,7 @@ def check_row_state(
     types are then not what the table's say.
 
     Raises:
-        ValueError: a tensor of the state does not fit the table, the message names it; or there is no first
-            moment and beta1 is not 0.
+        ValueError: a tensor of the state does not fit the table; the message names it.
     """
     wide = torch.float64 if table.dtype == torch.float64 else torch.float32
     momenta = (wide,) if wide == torch.float64 else (wide, torch.bfloat16)
@@ -150,11 +148,6 @@ def check_row_state(
         if tensor is not None and tensor.dtype not in dtypes:
             names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise ValueError(f"{name} must be {names} for a table in {table.dtype}, got {tensor.dtype}")
-    if exp_avg is None and beta1 != 0:
-        raise ValueError(
-            f"beta1 must stay 0 for a table that was trained without momentum, got {beta1}: its first moment "
-            "was not kept"
-        )
     check_devices(table=table, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, last_step=last_step, history=history)
     if exp_avg is not None:
         check_shape("exp_avg", exp_avg, table.shape)

@@ -48,8 +48,9 @@ class RowwiseAdamW(Optimizer):
 
     Args:
         params: parameters or groups; every argument below may be a group's own.
-        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; lr * weight_decay below 1. With a first beta
-            of 0 sparse gradients keep no first moment, and it then has to stay 0 for them.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; lr * weight_decay below 1. Where the first
+            beta is 0 when the first sparse gradient comes, no first moment is kept, and it has to stay 0
+            while gradients are sparse.
         second_moment: for sparse gradients, "element", or "row": one number for the last dimension, the
             moving average of the mean of its squares: [N, R] for a table [N, R, D].
         momentum_dtype: for sparse gradients, None (float32; float64 for a float64 table) or `torch.bfloat16`.
@@ -118,7 +119,7 @@ class RowwiseAdamW(Optimizer):
     def begin_step(self, p: Tensor) -> Visit:
         """Begins a step of a sparsely trained parameter; what is returned takes it for some rows at a time.
 
-        Meant for the backward pass, see `fuse_into_backward`. Each row must come once.
+        Meant for the backward pass, see `fuse_into_backward`. Each row must come once. Raises as `step` does.
         """
         group, index = self._find(p)
         _check_table(p, self.state.get(p, {}), group)
@@ -183,7 +184,8 @@ class RowwiseAdamW(Optimizer):
         """One step for every parameter that has a gradient; returns what `closure` returned, if it was given.
 
         Raises:
-            ValueError: a sparse gradient of an unsupported form, lr * weight_decay of 1 or more, or a dense
+            ValueError: a sparse gradient of an unsupported form, lr * weight_decay of 1 or more, momentum for
+                a table that was trained without (then no first moment was kept), or a dense
                 gradient for a parameter whose state has one second moment a row, or dtypes other than the
                 parameter's, from sparse ones. Nothing has changed then.
         """
@@ -378,7 +380,12 @@ def _check_table(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Non
             check_shape("exp_avg", state["exp_avg"], p.shape)
         check_shape("exp_avg_sq", state["exp_avg_sq"], p.shape[: state["exp_avg_sq"].dim()])
         rows = _of_rows(p, state)
-        check_row_state(*rows, state["last_step"], state["history"], int(state["step"]), group["betas"][0])
+        check_row_state(*rows, state["last_step"], state["history"], int(state["step"]))
+        if rows[1] is None and group["betas"][0] != 0:
+            raise ValueError(
+                "the first of betas must stay 0 for a table that was trained without momentum, got "
+                f"{group['betas']}: no first moment was kept"
+            )
     if float(group["lr"]) * group["weight_decay"] >= 1:
         raise ValueError(
             f"lr * weight_decay must be below 1, got {float(group['lr'])} * {group['weight_decay']}: "

@@ -61,8 +61,8 @@ class Setup:
     shared_width: int
     placement: str
     table_rate: float
-    table_beta1: float
-    retrieval_rate: float
+    table_beta1: float = 0.9  # what it was where rows of a ledger do not say it
+    retrieval_rate: float = 1.0
 
     @classmethod
     def of(cls, settings: TrainSettings) -> Setup:

@@ -263,8 +263,8 @@ def ostix360(
         list[str] | None,
         typer.Option(
             help="Other arguments of the PEER layers as name=value, or how they learn (table_learning_rate, "
-            "table_adam_beta1, retrieval_learning_rate): a variant of both tests, beside them in the report, "
-            "with as many parameters. Repeat for several.",
+            "table_adam_beta1, table_second_moment, retrieval_learning_rate): a variant of both tests, "
+            "beside them in the report, with as many parameters. Repeat for several.",
             rich_help_panel="Layers",
             show_default=False,
         ),

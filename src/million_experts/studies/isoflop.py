@@ -19,7 +19,6 @@ from rich.console import Console
 from million_experts.lm.settings import TABLE_RATE, TrainSettings
 from million_experts.lm.training import model_config
 from million_experts.models import count_parameters
-from million_experts.models.feed_forwards import FEED_FORWARDS
 from million_experts.studies.causality import measure_modes
 from million_experts.studies.flops import training_flops_per_token
 from million_experts.studies.runs import Ledger, Row, Run, execute, print_runs, training_steps
@@ -212,13 +211,12 @@ class Options:
         """
         settings = self._settings(method, size)
         config = model_config(settings, settings.vocab_size)
-        routed = FEED_FORWARDS[METHODS[method].kind].is_routed
         settings = dataclasses.replace(
             settings,
             steps=training_steps(budget, config, settings),
             learning_rate=learning_rate,
             table_learning_rate=self.table_rate * learning_rate,
-            retrieval_learning_rate=self.retrieval_rate * learning_rate if routed else None,
+            retrieval_learning_rate=self.retrieval_rate * learning_rate,
             seed=seed,
         )
         return Run(

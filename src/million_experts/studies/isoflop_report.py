@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 
 from million_experts.lm.files import explained
+from million_experts.models.feed_forwards import FEED_FORWARDS
 from million_experts.studies.isoflop import METHODS, SWEEP, format_budget, validation_loss
 from million_experts.studies.runs import Row
 from million_experts.studies.statistics import Interval, fit_parabola, interval, paired_difference
@@ -148,7 +149,7 @@ def _sweep(study: _Study) -> str:
     if head is not None:
         parts.append(
             f"Validation loss at {format_budget(head['budget'])} FLOPs, size {head['size']}, first seed; the "
-            f"best, in bold, is used from there on. {_other_rates(study.sweep)}"
+            f"best, in bold, is used from there on.{_other_rates(study.sweep)}"
         )
     header = ("method", *(f"{rate:g}" for rate in rates), "runs")
     parts.append(markdown_table(header, lines))
@@ -188,16 +189,20 @@ def _parabola(rows: Sequence[Row]) -> Any:
 
 def _other_rates(sweep: Sequence[Row]) -> str:
     """What learns at another rate than the rest, or otherwise; rows of an older release may not say all."""
-    settings = sweep[0]["settings"]
-    tables = f"{settings['table_learning_rate'] / settings['learning_rate']:g}"
-    text = f"Tables learn at {tables} times the rate"
-    if settings.get("table_adam_beta1") == 0:
-        text += ", without momentum"
-    routed = [row["settings"] for row in sweep if row["expert_usage"]]
-    rates = {s.get("retrieval_learning_rate", s["learning_rate"]) / s["learning_rate"] for s in routed}
-    for rate in sorted(rates - {1.0}):
-        text += f", query projections and sub-keys at {rate:g} times"
-    return text + "."
+    kinds = ((METHODS[row["labels"]["method"]].kind, row["settings"]) for row in sweep)
+    routed = [settings for kind, settings in kinds if FEED_FORWARDS[kind].is_routed]
+    if not routed:
+        return ""
+
+    def rates(name: str) -> str:
+        found = {round(s.get(name, s["learning_rate"]) / s["learning_rate"], 6) for s in routed}
+        return " or ".join(f"{rate:g}" for rate in sorted(found))
+
+    momentum = ", without momentum" if all(s.get("table_adam_beta1") == 0 for s in routed) else ""
+    return (
+        f" Tables learn at {rates('table_learning_rate')} times the rate{momentum}; query projections and "
+        f"sub-keys at {rates('retrieval_learning_rate')} times."
+    )
 
 
 def _best_models(study: _Study, budget: float) -> str:

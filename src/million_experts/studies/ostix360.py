@@ -59,7 +59,12 @@ PUBLISHED = {
 PUBLISHED_TIME, PUBLISHED_MEMORY = 7, 3
 
 # Settings that say how PEER's own parameters learn.
-PEER_TRAINING = ("table_learning_rate", "table_adam_beta1", "retrieval_learning_rate")
+PEER_TRAINING = (
+    "table_learning_rate",
+    "table_adam_beta1",
+    "table_second_moment",
+    "retrieval_learning_rate",
+)
 
 
 def choose_tests(

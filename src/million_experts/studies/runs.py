@@ -41,6 +41,14 @@ LEAST_STEPS = 10  # of a run: with fewer, warm-up and decay of the learning rate
 FINISHED, DIVERGED = "finished", "diverged"
 # What a run learns does not depend on these.
 _FREE = FREE_ON_RESUME | {"prompt"}
+# Nor on these, where no layer retrieves.
+_OF_TABLES = {
+    "table_learning_rate",
+    "table_weight_decay",
+    "table_adam_beta1",
+    "table_second_moment",
+    "retrieval_learning_rate",
+}
 
 
 @dataclass(frozen=True)
@@ -181,6 +189,8 @@ def stored_settings(settings: TrainSettings) -> dict[str, Any]:
     for kind in FEED_FORWARDS:
         arguments = getattr(config, kind) if kind in (config.mlp_layer_types or []) else {}
         values[kind] = {name: value for name, value in arguments.items() if name != "backend"}
+    if not any(FEED_FORWARDS[kind].is_routed for kind in config.mlp_layer_types or []):
+        values = {name: value for name, value in values.items() if name not in _OF_TABLES}
     return json.loads(json.dumps(values))
 
 

@@ -13,13 +13,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from million_experts.benchmarks.memory import can_measure, measure_peaks
-from million_experts.benchmarks.optimizers import OPTIMIZERS, AsInTraining
+from million_experts.benchmarks.optimizers import AdamW, AsInTraining, Rowwise
 from million_experts.benchmarks.timing import interleave, make_run, summarise, warm_up
 from million_experts.benchmarks.workload import Competitor, Workload
 from million_experts.lm.memory import takes_bfloat16
 from million_experts.lm.packing import PackedBlocks, TokenStream
 from million_experts.lm.settings import TrainSettings
-from million_experts.lm.training import model_config
+from million_experts.lm.training import model_config, with_fast_attention
 from million_experts.models import PeerForCausalLM
 from million_experts.models.feed_forwards import FEED_FORWARDS
 
@@ -61,12 +61,14 @@ def language_model(
         return ids % vocab_size, positions  # the tiny copy that loads libraries has few embeddings
 
     sparse = any(getattr(own, kind).get("sparse_grad") for kind in FEED_FORWARDS)
+    optimizer = Rowwise(second_moment=own.table_second_moment) if sparse else AdamW(fused=True)
     torch.manual_seed(own.seed)
+    model = with_fast_attention(PeerForCausalLM(model_config(own, vocab_size)), own.precision)
     return Workload(
-        _Loss(PeerForCausalLM(model_config(own, vocab_size)), takes_bfloat16(own.precision)),
+        _Loss(model, takes_bfloat16(own.precision)),
         draw,
         like_tokens=False,
-        optimizer=AsInTraining(OPTIMIZERS["RowwiseAdamW" if sparse else "AdamW, fused"]),
+        optimizer=AsInTraining(optimizer, own.max_grad_norm, (own.table_beta1, own.adam_beta2)),
     )
 
 
