@@ -301,7 +301,7 @@ def adamw(
 ) -> Accesses:
     """`adamw_kernel` for n rows with one gradient each, which missed steps of the last `steps`.
 
-    Of `table`, `momentum` and `values` the bytes of a number; 0 where no first moment is kept.
+    `table`, `momentum` and `values` are bytes of a number; `momentum` is 0 where no first moment is kept.
     """
     width = R * D
     state = [

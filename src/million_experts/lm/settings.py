@@ -111,7 +111,8 @@ class TrainSettings:
     table_adam_beta1: float | None = _option(
         None,
         "Training",
-        "That of the first moment of expert tables; by default adam_beta1. With 0 no first moment is kept.",
+        "That of the first moment of expert tables; by default adam_beta1. With 0 none is kept for sparse "
+        "gradients.",
     )
     table_second_moment: str = _option(
         "element",

@@ -1,8 +1,9 @@
 """`PeerModel` and `PeerForCausalLM`: a Llama decoder whose feed-forwards may be PEER or its competitors.
 
-Attention, norms, rotary embeddings, masks, caches, generation and the loss are transformers' own; only
-the feed-forwards are ours. Their words are the paper's: an expert *down*-projects the token to one number
-and *up*-projects that number back, the other way round from Llama's `up_proj` and `down_proj`.
+Attention, norms, rotary embeddings, masks, caches and generation are transformers' own; the feed-forwards
+are ours, and how the loss is computed. The feed-forwards' words are the paper's: an expert *down*-projects
+the token to one number and *up*-projects that number back, the other way round from Llama's `up_proj` and
+`down_proj`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def parameter_groups(
     table_betas: tuple[float, float] | None = None,
     retrieval_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for any `torch.optim.Optimizer`: tables, other matrices, and vectors.
+    """Groups for any `torch.optim.Optimizer`: matrices, vectors, tables, and what retrieves from them.
 
     Tables are PEER's experts and the values of memories. A row of a table learns only from the tokens that
     retrieve it, so tables want a learning rate of their own (by default `learning_rate`), their own weight
