@@ -78,10 +78,13 @@ def visit(rows: Tensor, grads: Tensor) -> None:
 def row_updates() -> None:
     tables = ((F32, None), (F32, BF16), (F64, None), (BF16, BF16), (F16, None))
     for (N, R, D), (dtype, momentum) in itertools.product(((1, 2, 1), (9, 3, 17), (70, 2, 33)), tables):
-        for second_moment, stochastic in itertools.product(("element", "row"), (True, False)):
+        for second_moment, stochastic, beta1 in itertools.product(
+            ("element", "row"), (True, False), (0.9, 0.0)
+        ):
             table = torch.nn.Parameter(values(N, R, D, dtype=dtype))
             optimizer = RowwiseAdamW(
                 [table],
+                betas=(beta1, 0.99),
                 weight_decay=0.1,
                 second_moment=second_moment,
                 momentum_dtype=momentum,
