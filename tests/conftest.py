@@ -31,6 +31,10 @@ settings.load_profile("repeatable")
 # Tensors are tiny: on a busy machine a second thread makes the tests three times slower, never faster.
 torch.set_num_threads(1)
 
+# Some tests compare bits over numbers of threads. Ours do not depend on it; on some processors those of MKL's
+# matrix products, such as the query projection's, do, unless it is told otherwise before its first one.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 Compare = Callable[..., None]
 
 
