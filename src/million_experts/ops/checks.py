@@ -121,12 +121,7 @@ def check_norm(x: Tensor, mask: Tensor | None, **per_channel: Tensor) -> None:
 
 
 def check_row_state(
-    table: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor,
-    last_step: Tensor,
-    history: Tensor,
-    step: int,
+    table: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor, last_step: Tensor, history: Tensor, step: int
 ) -> None:
     """What the kernel of `rowwise_adamw` writes to.
 
