@@ -30,6 +30,7 @@ from million_experts.lm.settings import TrainSettings
 from million_experts.lm.trainer import LanguageModelTrainer, list_checkpoints
 from million_experts.lm.training import check_memory, make_optimizer, model_config, train
 from million_experts.models import PeerForCausalLM, count_parameters
+from million_experts.models.attention import WIDE_ATTENTION
 from million_experts.optim import RowwiseAdamW
 
 WORDS = "the a of in city river mountain king house small old new water light stone was has great".split()
@@ -448,9 +449,7 @@ def test_the_optimiser_is_what_the_settings_say(folder, tmp_path, sparse_grad):
         assert (table["second_moment"], table["seed"]) == ("row", 7)
 
 
-@pytest.mark.parametrize(
-    ("precision", "attention"), [("float32", "sdpa"), ("bfloat16", training.WIDE_ATTENTION)]
-)
+@pytest.mark.parametrize(("precision", "attention"), [("float32", "sdpa"), ("bfloat16", WIDE_ATTENTION)])
 def test_attention_is_what_is_fastest_on_a_cpu(folder, finished, precision, attention, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     tokenizer = AutoTokenizer.from_pretrained(finished[0])

@@ -173,8 +173,8 @@ def _new_model(
     **peer: Any,
 ) -> nn.Module:
     try:
-        from million_experts.lm.training import with_fast_attention
         from million_experts.models import PeerConfig, PeerForCausalLM
+        from million_experts.models.attention import with_fast_attention
     except ImportError as error:
         raise Unavailable(f"transformers cannot be imported ({error}): pip install transformers") from error
     kinds = ["dense"] * blocks
@@ -192,4 +192,4 @@ def _new_model(
         peer=arguments,
         dense={"width": 4 * dim},
     )
-    return with_fast_attention(PeerForCausalLM(config), "auto")
+    return with_fast_attention(PeerForCausalLM(config), takes_bfloat16("auto"))

@@ -1,6 +1,5 @@
 """What a training run will need, before anything is allocated."""
 
-import copy
 import ctypes
 import math
 import sys
@@ -8,11 +7,13 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
 from million_experts.layers import ProductKeyRetrieval
 from million_experts.layers.retrieval import factorise
 from million_experts.lm.settings import TrainSettings
-from million_experts.models import PeerConfig, PeerForCausalLM, memory_estimate
+from million_experts.models import PeerConfig, memory_estimate
+from million_experts.models.counting import as_model
 
 # Resident memory of a process that has imported everything and trains nothing, measured.
 PROCESS_BYTES = 700 * 2**20
@@ -47,13 +48,12 @@ def expected_peak(config: PeerConfig, settings: TrainSettings) -> int:
         peer *= 1 if settings.gradient_checkpointing else layers
         # Gate mass by head and expert in float64: the callback's, and that of the final measurement.
         peer += layers * 2 * config.peer["num_heads"] * math.prod(factorise(config.peer["num_experts"])) * 8
-    with torch.device("meta"):
-        model = PeerForCausalLM(copy.deepcopy(config))  # a model notes its choice of attention in it
+    model = as_model(config)
     state = memory_estimate(model).training + _added_by_sparse_gradients(model, settings)
     return PROCESS_BYTES + state + activations + peer
 
 
-def _added_by_sparse_gradients(model: PeerForCausalLM, settings: TrainSettings) -> int:
+def _added_by_sparse_gradients(model: nn.Module, settings: TrainSettings) -> int:
     """Bytes that sparse gradients, and moments that are not kept, add to the state: often below 0."""
     sharing: dict[int, list[ProductKeyRetrieval]] = {}
     for layer in model.modules():

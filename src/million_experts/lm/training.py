@@ -36,7 +36,7 @@ from million_experts.lm.report import RESULTS_FILE, measure, print_results
 from million_experts.lm.settings import SETTINGS_FILE, TrainSettings
 from million_experts.lm.trainer import LanguageModelTrainer, check_checkpoint, list_checkpoints
 from million_experts.models import PeerConfig, PeerForCausalLM, count_parameters, memory_estimate
-from million_experts.models.attention import WIDE_ATTENTION
+from million_experts.models.attention import with_fast_attention
 from million_experts.models.feed_forwards import FEED_FORWARDS
 from million_experts.optim import RowwiseAdamW, parameter_groups
 
@@ -177,14 +177,7 @@ def build_model(
     set_seed(settings.seed)
     config = model_config(settings, len(tokenizer) if vocab_size is None else vocab_size)
     config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
-    return with_fast_attention(PeerForCausalLM(config), settings.precision)
-
-
-def with_fast_attention(model: PeerForCausalLM, precision: str) -> PeerForCausalLM:
-    """The model, with the attention that is fastest for training in a precision."""
-    if takes_bfloat16(precision) and not torch.accelerator.is_available():
-        model.set_attn_implementation(WIDE_ATTENTION)
-    return model
+    return with_fast_attention(PeerForCausalLM(config), takes_bfloat16(settings.precision))
 
 
 def model_config(settings: TrainSettings, vocab_size: int) -> PeerConfig:

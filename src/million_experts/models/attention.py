@@ -14,6 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .modeling import PeerForCausalLM
+
 WIDE_ATTENTION = "sdpa_float32"  # a name for `model.set_attn_implementation`
 
 
@@ -33,6 +35,13 @@ def wide_attention(
             module, query.float(), key.float(), value.float(), attention_mask, **kwargs
         )
     return output.to(query.dtype), weights
+
+
+def with_fast_attention(model: PeerForCausalLM, narrow: bool) -> PeerForCausalLM:
+    """The model, with the attention that is fastest for its training, in bfloat16 (`narrow`) or float32."""
+    if narrow and not torch.accelerator.is_available():
+        model.set_attn_implementation(WIDE_ATTENTION)
+    return model
 
 
 AttentionInterface.register(WIDE_ATTENTION, wide_attention)

@@ -80,7 +80,7 @@ def count_parameters(model_or_config: nn.Module | PeerConfig) -> ParameterCount:
 
     The latter is built on the meta device, so that no memory is taken.
     """
-    model = _as_model(model_or_config)
+    model = as_model(model_or_config)
     total = sum(p.numel() for p in model.parameters())
     chosen = list(_chosen(model))
     sparse = {id(parameter): parameter.numel() for parameter, _ in chosen}
@@ -102,7 +102,7 @@ def memory_estimate(
         model_or_config: a model, or the configuration of a `PeerForCausalLM`.
         dtype: dtype of the parameters; None takes each parameter's own.
     """
-    model = _as_model(model_or_config)
+    model = as_model(model_or_config)
     tables = {id(table) for table in _tables(model)}
     sizes = dict.fromkeys(MemoryEstimate.__dataclass_fields__, 0)
     for parameter in model.parameters():
@@ -129,7 +129,8 @@ def describe(model: nn.Module) -> str:
     )
 
 
-def _as_model(model_or_config: nn.Module | PeerConfig) -> nn.Module:
+def as_model(model_or_config: nn.Module | PeerConfig) -> nn.Module:
+    """The model, or that of a configuration on the meta device, where it takes no memory."""
     if isinstance(model_or_config, nn.Module):
         return model_or_config
     from .modeling import PeerForCausalLM

@@ -19,8 +19,9 @@ from million_experts.benchmarks.workload import Competitor, Workload
 from million_experts.lm.memory import takes_bfloat16
 from million_experts.lm.packing import PackedBlocks, TokenStream
 from million_experts.lm.settings import TrainSettings
-from million_experts.lm.training import model_config, with_fast_attention
+from million_experts.lm.training import model_config
 from million_experts.models import PeerForCausalLM
+from million_experts.models.attention import with_fast_attention
 from million_experts.models.feed_forwards import FEED_FORWARDS
 
 REPETITIONS = 36
@@ -63,9 +64,10 @@ def language_model(
     sparse = any(getattr(own, kind).get("sparse_grad") for kind in FEED_FORWARDS)
     optimizer = Rowwise(second_moment=own.table_second_moment) if sparse else AdamW(fused=True)
     torch.manual_seed(own.seed)
-    model = with_fast_attention(PeerForCausalLM(model_config(own, vocab_size)), own.precision)
+    narrow = takes_bfloat16(own.precision)
+    model = with_fast_attention(PeerForCausalLM(model_config(own, vocab_size)), narrow)
     return Workload(
-        _Loss(model, takes_bfloat16(own.precision)),
+        _Loss(model, narrow),
         draw,
         like_tokens=False,
         optimizer=AsInTraining(optimizer, own.max_grad_norm, (own.table_beta1, own.adam_beta2)),
