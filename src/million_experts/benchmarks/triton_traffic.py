@@ -159,17 +159,78 @@ def gradient_weights(P: int, R: int, gates: int) -> Accesses:
     ]
 
 
-def table_rows(tokens: Picks, M: int, D: int, R: int, x: int, out: int, block_d: int) -> Accesses:
-    """`table_rows_kernel` without parts: M experts, and the tokens of the P pairs sorted by expert."""
-    P, chunks = len(tokens.rows), _split(D, block_d)
+@dataclass(frozen=True)
+class RowSums:
+    """The table's gradient from pairs sorted by expert; those with more than `length` are summed in parts."""
+
+    tokens: np.ndarray  # [P]: of the sorted pairs
+    counts: np.ndarray  # [M]: pairs of each expert
+    D: int
+    R: int
+    x: int
+    block_d: int
+    length: int
+
+    @property
+    def chunks(self) -> int:
+        return _split(self.D, self.block_d)
+
+    @property
+    def most(self) -> int:
+        """Parts that there may be: none where a part holds all pairs."""
+        return 2 * len(self.tokens) // self.length if self.length < len(self.tokens) else 0
+
+    @property
+    def parts(self) -> int:
+        """Parts that there are."""
+        return int(np.sum(-(-self.counts[self.in_parts] // self.length)))
+
+    @property
+    def in_parts(self) -> np.ndarray:
+        """[M]: whether an expert is summed in parts."""
+        return self.counts > self.length
+
+    def sums(self, of_parts: bool) -> Accesses:
+        """What either kernel reads of its pairs."""
+        tokens = Picks(self.tokens[np.repeat(self.in_parts == of_parts, self.counts)])
+        pairs = len(tokens.rows)
+        return [
+            Gather("x", tokens, self.D * self.x),
+            Gather("grad_y", tokens, self.D * self.x),
+            Stream("weights", self.R * pairs * SUM, self.chunks),
+            Stream("order", pairs * INDEX, self.chunks),
+        ]
+
+
+def _some(tensor: str, bytes_: float, issued: float) -> Stream:
+    """Some numbers of a small tensor, which are read again and again."""
+    return Stream(tensor, min(bytes_, issued), max(1.0, issued / bytes_))
+
+
+def table_parts(s: RowSums) -> Accesses:
+    """`table_parts_kernel`."""
+    size = (len(s.counts) + 1) * INDEX
     return [
-        Gather("x", tokens, D * x),
-        Gather("grad_y", tokens, D * x),
-        Stream("weights", R * P * SUM, chunks),
-        Stream("order", P * INDEX, chunks),
-        Stream("starts", (M + 1) * INDEX, 2 * M * chunks / (M + 1)),
-        Stream("values", M * R * D * out),
+        *s.sums(of_parts=True),
+        _some("starts", size, 2 * s.parts * s.chunks * INDEX),
+        _some("part_starts", size, (s.most + s.parts) * s.chunks * INDEX),
+        _some("owners", s.most * INDEX, s.parts * s.chunks * INDEX),
+        Stream("parts", s.parts * s.R * s.D * SUM),
     ]
+
+
+def table_rows(s: RowSums, out: int) -> Accesses:
+    """`table_rows_kernel`, with a gradient of `out` bytes a number."""
+    M = len(s.counts)
+    starts, part_starts = (
+        Stream(name, (M + 1) * INDEX, 2 * M * s.chunks / (M + 1)) for name in ("starts", "part_starts")
+    )
+    accesses = [*s.sums(of_parts=False), starts, Stream("values", M * s.R * s.D * out)]
+    if s.most:
+        accesses.append(part_starts)
+    if s.parts:
+        accesses.append(Stream("parts", s.parts * s.R * s.D * SUM))
+    return accesses
 
 
 # --- the experts, in tiles ----------------------------------------------------------------------------------
@@ -350,9 +411,18 @@ def _row(shape: str, kernel: str, accesses: Iterable[Stream | Gather]) -> Row:
     )
 
 
-def _by_token(shape: str, T: int, K: int, N: int, D: int, R: int, size: int) -> Iterable[Row]:
-    """x, gates and table in `size` bytes a number; experts drawn uniformly, which shares them least."""
-    drawn = np.random.default_rng(0).integers(0, N, (T, K))
+def _by_token(
+    shape: str, T: int, K: int, N: int, D: int, R: int, size: int, skewed: bool = False
+) -> Iterable[Row]:
+    """x, gates and table in `size` bytes a number; experts drawn uniformly, which shares them least.
+
+    `skewed`: expert n is drawn in proportion to 1/n, so that some have many pairs.
+    """
+    generator = np.random.default_rng(0)
+    shares = 1 / np.arange(1, N + 1)
+    drawn = (
+        generator.choice(N, (T, K), p=shares / shares.sum()) if skewed else generator.integers(0, N, (T, K))
+    )
     picks = Picks(drawn)
     yield _row(shape, "dots, forward", dots(picks, T, D, R - 1, size, size, 4))
     yield _row(shape, "output_weights", output_weights(T * K, R, size))
@@ -362,11 +432,13 @@ def _by_token(shape: str, T: int, K: int, N: int, D: int, R: int, size: int) -> 
     yield _row(shape, "dots, backward", dots(picks, T, D, 1, size, size, 4))
     yield _row(shape, "gradient_weights", gradient_weights(T * K, R, size))
     yield _row(shape, "mix, backward", mix(picks, T, D, R - 1, size, size, 256))
-    tokens = Picks(np.argsort(drawn.ravel(), kind="stable") // K)
-    touched = picks.distinct
-    yield _row(shape, "table_rows, (rows, values)", table_rows(tokens, touched, D, R, size, size, 256))
-    yield _row(shape, "table_rows, dense", table_rows(tokens, N, D, R, size, size, 256))
-    yield _row(shape, "adamw", adamw(touched, R, D, 100, size, size, size, size < 4))
+    tokens, counts = np.argsort(drawn.ravel(), kind="stable") // K, np.bincount(drawn.ravel(), minlength=N)
+    dense, touched = (RowSums(tokens, some, D, R, size, 256, 256) for some in (counts, counts[counts > 0]))
+    if dense.parts:
+        yield _row(shape, "table_parts", table_parts(touched))
+    yield _row(shape, "table_rows, (rows, values)", table_rows(touched, size))
+    yield _row(shape, "table_rows, dense", table_rows(dense, size))
+    yield _row(shape, "adamw", adamw(picks.distinct, R, D, 100, size, size, size, size < 4))
 
 
 def _by_tiles(shape: str, T: int, K: int, N: int, D: int, size: int) -> Iterable[Row]:
@@ -397,6 +469,8 @@ def standard() -> list[Row]:
         *_by_token("2,048 tokens, 128 of 1,048,576, D = 256, float32", 2048, 128, million, 256, 2, 4),
         *_by_token("8,192 tokens, 128 of 1,048,576, D = 1024, bfloat16", 8192, 128, million, 1024, 2, 2),
         *_by_token("1 token, 128 of 1,048,576, D = 1024, bfloat16", 1, 128, million, 1024, 2, 2),
+        *_by_token("8,192 tokens, 128 of 1,048,576, expert n in proportion to 1/n, D = 256, bfloat16",
+                   8192, 128, million, 256, 2, 2, skewed=True),
         *_by_tiles("8,192 tokens, 128 of 1,024, D = 1024, bfloat16", 8192, 128, 1024, 1024, 2),
         *_retrieval("2,048 tokens, 8 heads, 16 of 1024 x 1024, d = 64, float32",
                     Retrieval(2048, 8, 16, 1024, 1024, 64, 4, 4)),

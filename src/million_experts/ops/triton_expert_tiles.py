@@ -6,8 +6,8 @@ so many tokens at a time that it fits in SCRATCH_BYTES. Sizes of tiles fix the o
 configurations that are tried out do not change them.
 
 What is not finite stays with the tokens and experts that it belongs to, though a product with zero would
-spread it over a tile: where a row that enters a sum holds such a value, it enters as zeros, and weights that
-are not zero become NaN.
+spread it over a tile: where a row that enters a sum holds such a value, it enters as zeros, and the weights
+of those who picked it become NaN. A pick whose weight is zero has minus zero, which no sum notices.
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,8 @@ SPREAD = 32
 def _finite(rows, weights):
     """Rows [n, D] that enter a sum with weights [T, n]; see the head of the file."""
     broken = tl.max((rows - rows != 0).to(tl.int32), 1) > 0
-    weights = tl.where(broken[None, :] & (weights != 0), float("nan"), weights)
+    picked = weights.to(tl.int32, bitcast=True) != 0
+    weights = tl.where(broken[None, :] & picked, float("nan"), weights)
     return tl.where(broken[:, None], 0.0, rows), weights
 
 
@@ -90,7 +91,10 @@ def spread_kernel(
     N,
     SPREAD: tl.constexpr,
 ):
-    """One program puts SPREAD weights of a token where its experts are; those of one expert are summed."""
+    """One program puts SPREAD weights of a token where its experts are; those of one expert are summed.
+
+    Minus zero stands for zero, so that a pick differs from none.
+    """
     chunks = tl.cdiv(K, SPREAD)
     t = (tl.program_id(0) // chunks).to(tl.int64)
     k = tl.program_id(0) % chunks * SPREAD + tl.arange(0, SPREAD)
@@ -101,6 +105,9 @@ def spread_kernel(
         others = tl.load(indices + t * K + at, mask=at < K, other=-1)
         weight = tl.load(weights + t * K + at, mask=at < K, other=0.0)
         total += tl.sum(tl.where(own[:, None] == others[None, :], weight[None, :], 0.0), 1)
+    # By its bits: Triton takes the literal -0.0 for 0.0.
+    bits = tl.where(total == 0, -0x80000000, total.to(tl.int32, bitcast=True))
+    total = bits.to(tl.float32, bitcast=True)
     # Picks of one expert write the same number.
     tl.store(dense + t * N + own, total, mask=k < K)
 

@@ -34,9 +34,10 @@ TOPK_CONFIGS = [
 
 
 def _usable(configs, named_arguments, **constants):
-    """Many winners need the registers of eight warps; with few, slices of the depth would spill there."""
+    """Many winners need the registers of eight warps, and leave none for a third stage; with few, slices of
+    the depth would spill in eight warps."""
     if constants["K_PADDED"] > 32:
-        return [c for c in configs if c.num_warps == 8]
+        return [c for c in configs if (c.num_warps, c.num_stages) == (8, 2)]
     return configs if constants["WHOLE"] else [c for c in configs if c.num_warps == 4]
 
 
@@ -254,18 +255,19 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
     codebooks = 1 if keys1.dim() == 2 else H
     rows = T * H // codebooks
     k_padded = max(2, triton.next_power_of_2(k))
+    wide = query.dtype != keys1.dtype or query.dtype == torch.float32
     # A deeper codebook comes in thin slices: wide ones beside the best k do not fit in registers.
-    whole = d <= 128
+    whole = d <= (64 if wide and k_padded > 32 else 128)
     with device_of(query):
         topk_kernel[triton.cdiv(rows, BLOCK_Q), codebooks](
             query, keys1, keys2, scores, indices, rows, H, *query.stride()[:3], keys1.shape[-2],
             keys2.shape[-2], d, k,
             PER_HEAD=codebooks != 1 or keys1.dim() == 3,
-            WIDE=query.dtype != keys1.dtype or query.dtype == torch.float32,
+            WIDE=wide,
             K_PADDED=k_padded, LOG_K=k_padded.bit_length() - 1,
             BLOCK_Q=BLOCK_Q, BLOCK_N=max(64 if whole else 32, k_padded),
             BLOCK_D=_columns(d, 128) if whole else 32, WHOLE=whole,
-            **(registers() if k_padded <= 32 and query.dtype == keys1.dtype != torch.float32 else {}),
+            **(registers() if k_padded <= 32 and not wide else {}),
         )  # fmt: skip
     return scores, indices
 

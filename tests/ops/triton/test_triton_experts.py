@@ -364,6 +364,21 @@ def test_what_is_not_finite_stays_with_its_tokens_and_experts(glu, value, walk):
         assert torch.equal(broken["experts"][spared], clean["experts"][spared])
 
 
+@pytest.mark.parametrize("glu", [False, True])
+def test_picks_of_weight_zero_see_what_is_not_finite(glu, walk):
+    """Zero times NaN is NaN, what was not picked stays out of it: as in the reference, number by number."""
+    inputs, grad_y = make_inputs(12, T=6, K=3, N=9, D=5, glu=glu)
+    inputs[2][1] = 0.0
+    inputs[2][2, 0] = -0.0
+    rows = [(3, expert, row) for expert in inputs[1][1:3].flatten().tolist() for row in range(2 + glu)]
+    for place, *at in [*rows, (0, 1), (0, 2)]:
+        broken = [t.clone() for t in inputs]
+        broken[place][*at] = float("nan")
+        actual, expected = (step(broken, grad_y, "silu", backend=b) for b in ("triton", "reference"))
+        for name, value in expected.items():
+            assert torch.equal(actual[name].isfinite(), value.isfinite()), (name, place, at)
+
+
 def test_gradients_of_a_narrow_table_are_rounded_once(walk):
     # 300 tokens of one expert: a sum kept in bfloat16 would stop at 256.
     x, indices, gates = torch.ones(300, 16), torch.zeros(300, 1, dtype=torch.int64), torch.ones(300, 1)

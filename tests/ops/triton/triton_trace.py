@@ -17,21 +17,24 @@ SECTOR = 32  # bytes that a GPU's memory moves at least
 
 @dataclass
 class Trace:
-    """The accesses of one kernel: tensor, addresses, bytes of each."""
+    """The accesses of one kernel: tensor, addresses, bytes of each, whether it writes."""
 
-    accesses: list[tuple[str, np.ndarray, int]] = field(default_factory=list)
+    accesses: list[tuple[str, np.ndarray, int, bool]] = field(default_factory=list)
 
     def issued(self) -> dict[str, int]:
         """Bytes of all loads and stores, by tensor."""
         total: dict[str, int] = defaultdict(int)
-        for tensor, addresses, size in self.accesses:
+        for tensor, addresses, size, _ in self.accesses:
             total[tensor] += len(addresses) * size
         return dict(total)
 
     def moved(self, cache: int) -> int:
-        """Bytes that pass between memory and a cache that drops what was used longest ago, in sectors."""
-        held, room, misses = OrderedDict[int, None](), cache // SECTOR, 0
-        for _, addresses, size in self.accesses:
+        """Bytes that pass between memory and a cache that drops what was used longest ago, in sectors.
+
+        A sector comes when it is read, and goes back when it has been written.
+        """
+        held, room, sectors_moved = OrderedDict[int, bool](), cache // SECTOR, 0
+        for _, addresses, size, writes in self.accesses:
             sectors = np.stack([addresses, addresses + np.uint64(size - 1)]) // np.uint64(SECTOR)
             flat = sectors.T.ravel()
             keep = np.ones(len(flat), dtype=bool)
@@ -39,12 +42,14 @@ class Trace:
             for sector in flat[keep].tolist():
                 if sector in held:
                     held.move_to_end(sector)
+                    held[sector] |= writes
                     continue
-                misses += 1
-                held[sector] = None
+                sectors_moved += not writes
+                held[sector] = writes
                 if len(held) > room:
-                    held.popitem(last=False)
-        return misses * SECTOR
+                    _, written = held.popitem(last=False)
+                    sectors_moved += written
+        return (sectors_moved + sum(held.values())) * SECTOR
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
@@ -61,7 +66,7 @@ def record() -> Iterator[dict[str, list[Trace]]]:
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     launch, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
 
-    def note(pointers, mask) -> None:
+    def note(pointers, mask, writes: bool) -> None:
         addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
         addresses = addresses[np.broadcast_to(mask.data, addresses.shape)]
         if len(addresses) == 0:
@@ -71,14 +76,14 @@ def record() -> Iterator[dict[str, list[Trace]]]:
         assert extents[name][0] <= addresses.min(), name
         assert addresses.max() < extents[name][1], name
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        trace.accesses.append((name, addresses.astype(np.uint64), size))
+        trace.accesses.append((name, addresses.astype(np.uint64), size, writes))
 
     def recorded_load(self, pointers, mask, *others):
-        note(pointers, mask)
+        note(pointers, mask, writes=False)
         return load(self, pointers, mask, *others)
 
     def recorded_store(self, pointers, value, mask, *others):
-        note(pointers, mask)
+        note(pointers, mask, writes=True)
         return store(self, pointers, value, mask, *others)
 
     def recorded_launch(self, *arguments, **named):
