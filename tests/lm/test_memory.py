@@ -87,40 +87,42 @@ def test_the_state_of_the_tables_is_counted_exactly():
     assert added == 16 * (rows + 2 * 256 * 16) + gate_mass
 
 
+def with_moments(**changes) -> int:
+    """`estimate` with both moments of every element, as for dense gradients."""
+    return estimate(table_adam_beta1=0.9, table_second_moment="element", **changes)
+
+
 def test_sparse_gradients_are_counted_by_the_picks():
-    sparse = {"sparse_grad": True}
-    rows = 3 * 65536 * 2 * 256
-    added = estimate(peer={"num_experts": 4 * 65536, **sparse}) - estimate(peer=sparse)
+    sparse, rows = {"sparse_grad": True}, 3 * 65536 * 2 * 256
+    added = with_moments(peer={"num_experts": 4 * 65536, **sparse}) - with_moments(peer=sparse)
     gate_mass = 2 * 4 * (3 * 65536) * 8
     # Weights and two moments of the rows that came; no gradient, as the picks are no more.
     assert added == 12 * rows + 16 * 2 * 256 * 16 + gate_mass
     table, picked = 65536 * 2 * 256 * 4, 8 * 128 * 4 * 8 * 2 * 256 * 4
     assert picked == table // 2
     base = estimate() - table
-    assert estimate(peer=sparse) == base + picked
-    assert estimate(peer=sparse, batch_size=32) == estimate(batch_size=32), "every expert, at most"
+    assert with_moments(peer=sparse) == base + picked
+    assert with_moments(peer=sparse, batch_size=32) == estimate(batch_size=32), "every expert, at most"
     for count, size in ((2, 2 * picked + table), (3, 3 * picked + table)):  # each, and their sum
-        assert estimate(peer=sparse, gradient_accumulation_steps=count) == base + size
+        assert with_moments(peer=sparse, gradient_accumulation_steps=count) == base + size
 
 
 def test_a_table_without_momentum_is_expected_to_take_less():
     sparse, table = {"sparse_grad": True}, 65536 * 2 * 256 * 4
     base = estimate(peer=sparse)
-    assert estimate(peer=sparse, table_adam_beta1=0.0) == base - table
-    assert estimate(peer=sparse, adam_beta1=0.0) == base - table
-    assert estimate(peer=sparse, table_second_moment="row") == base - table + table // 256
+    assert estimate(peer=sparse, table_adam_beta1=0.9) == base + table
+    assert estimate(peer=sparse, table_second_moment="element") == base + table - table // 256
     # torch's AdamW, which dense gradients go to, keeps both moments for each element.
-    assert estimate(table_adam_beta1=0.0, table_second_moment="row") == estimate()
+    assert estimate(table_adam_beta1=0.9, table_second_moment="element") == estimate()
 
 
 def test_tables_of_memories_are_counted_like_those_of_experts():
     layer = {"num_experts": 65536, "num_heads": 4, "experts_per_head": 8, "key_dim": 32}
     table, picked = 65536 * 256 * 4, 8 * 128 * 4 * 8 * 256 * 4
-    momentum_free = {"table_adam_beta1": 0.0, "table_second_moment": "row"}
     saved = table - picked + table + table - table // 256
     for kind, tables in (("pkm", 2), ("memory_plus", 1)):  # the latter's layers share one
         base = {"mlp_layer_types": kind, kind: layer}
-        sparse = base | {kind: layer | {"sparse_grad": True}} | momentum_free
+        sparse = base | {kind: layer | {"sparse_grad": True}}
         more = 0 if tables == 2 else min(2 * picked, table) - picked
         assert estimate(**base) - estimate(**sparse) == tables * saved - more
 

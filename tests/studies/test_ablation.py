@@ -62,9 +62,9 @@ def test_axes_ask_for_what_they_say(tiny_settings):
         "glu": ["experts_per_head=4,glu=True"],
         "placement": ["placement=all", "placement=first", "placement=last"],
         "table_rate": ["table_rate=1.0", "table_rate=2.0", "table_rate=8.0"],
-        "table_beta1": ["table_beta1=0.0"],
-        "retrieval_rate": ["retrieval_rate=0.125", "retrieval_rate=0.25", "retrieval_rate=0.5"],
-        "init_std": ["init_std=0.03", "init_std=0.2"],
+        "table_beta1": ["table_beta1=0.9"],
+        "retrieval_rate": ["retrieval_rate=0.125", "retrieval_rate=0.5", "retrieval_rate=1.0"],
+        "init_std": ["init_std=0.003", "init_std=0.03", "init_std=0.1"],
         "shared_width": ["shared_width=256"],
     }
 
@@ -100,7 +100,7 @@ def test_runs_train_what_their_setup_says(tiny_settings):
         assert config.peer["sparse_grad"]
         assert config.peer["key_dim"] == 8
         assert run.settings.peak_table_learning_rate == setup.table_rate * 1e-3
-        assert run.settings.table_beta1 == setup.table_beta1
+        assert run.settings.table_adam_beta1 == setup.table_beta1
         assert run.settings.peak_retrieval_learning_rate == setup.retrieval_rate * 1e-3
         blocks = {"middle": [1], "all": [0, 1, 2], "first": [0], "last": [2]}[setup.placement]
         assert [i for i, kind in enumerate(config.mlp_layer_types) if kind == "peer"] == blocks
@@ -121,7 +121,13 @@ def test_shared_runs_are_trained_once(tiny_settings):
 
 def test_the_base_is_what_the_layer_is_told(tiny_settings):
     base = replace(make_base(tiny_settings, init_std=0.3, query_norm="layer"), table_learning_rate=2e-3)
-    assert changes(base, "init_std") == ["base", "init_std=0.03", "init_std=0.1", "init_std=0.2"]
+    assert changes(base, "init_std") == [
+        "base",
+        "init_std=0.003",
+        "init_std=0.01",
+        "init_std=0.03",
+        "init_std=0.1",
+    ]
     assert changes(base, "table_rate") == ["base", "table_rate=1.0", "table_rate=4.0", "table_rate=8.0"]
     assert "query_norm=batch" in changes(base, "query_norm")
 
@@ -305,7 +311,13 @@ def test_the_base_stands_in_every_table(tiny_settings, tmp_path):
     runs = ablation_runs(base, ["init_std", "num_experts"], [0], POOLS)
     parts = sections([make_row(run, 3 - run.settings.peer["num_experts"] / 1e3) for run in runs], tmp_path)
     lines = part_after(parts, AXES["init_std"].question)
-    assert [line[0] for line in lines[1:]] == ["base", "init_std=0.03", "init_std=0.1", "init_std=0.2"]
+    assert [line[0] for line in lines[1:]] == [
+        "base",
+        "init_std=0.003",
+        "init_std=0.01",
+        "init_std=0.03",
+        "init_std=0.1",
+    ]
     steps = part_after(parts, AXES["num_experts"].question, 2)
     assert [line[:2] for line in steps[1:]] == [["64 to 144", "-0.0800"], ["144 to 256", "-0.1120"]]
 

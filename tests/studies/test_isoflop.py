@@ -213,8 +213,8 @@ def test_phases_follow_from_what_earlier_ones_came_to(tiny_settings, ledger):
 
 
 def test_what_retrieves_learns_at_its_own_rate_and_a_layer_without_it_is_the_same_run(tiny_settings, ledger):
-    slow, usual = make_options(tiny_settings, retrieval_rate=0.25), make_options(tiny_settings)
-    assert usual.retrieval_rate == 1
+    usual, slow = make_options(tiny_settings, retrieval_rate=1.0), make_options(tiny_settings)
+    assert slow.retrieval_rate == 0.25
     dense, peer = (slow.run(method, 1e9, Size(24, 2), 2e-3, 0, "sizes") for method in ("dense", "peer"))
     assert peer.settings.peak_retrieval_learning_rate == 5e-4
     ledger.append(make_row(usual.run("dense", 1e9, Size(24, 2), 2e-3, 0, "sizes"), 3.0))

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from million_experts import cli
 from million_experts.benchmarks.memory import Peak
-from million_experts.lm.settings import load_preset
+from million_experts.lm.settings import TABLE_SETTINGS, TrainSettings, load_preset
 from million_experts.models.attention import WIDE_ATTENTION
 from million_experts.studies import ostix360, ostix360_report, speed
 from million_experts.studies.ostix360 import (
@@ -51,11 +51,12 @@ def test_the_original_is_the_predecessors_table():
         assert settings.mlp_layer_types == ("moe" if name == BASELINE else "peer")
         published = ostix360.PUBLISHED[name].parameters
         assert parameters(settings) / 1e6 == pytest.approx(published, abs=0.06)
-    shared = {name: replace(s, peer={}, moe={}, mlp_layer_types=None) for name, s in tests.items()}
-    # The baseline has no table that could learn at a rate of its own.
-    rates = {name: shared[name].table_learning_rate for name in shared}
-    assert rates == {"peer": 5e-4, "peer_glu": 5e-4, BASELINE: None}
-    assert len({str(replace(s, table_learning_rate=None, output_dir=None)) for s in shared.values()}) == 1
+        if name != BASELINE:  # which has no table; plain AdamW, as there
+            learning = [getattr(settings, name) for name in TABLE_SETTINGS]
+            assert learning == [5e-4, 0.0, 0.9, "element", 5e-4]
+    apart = {"peer": {}, "moe": {}, "mlp_layer_types": None, "output_dir": None}
+    apart |= {name: getattr(TrainSettings(), name) for name in TABLE_SETTINGS}
+    assert len({str(replace(settings, **apart)) for settings in tests.values()}) == 1
 
 
 def test_with_a_small_vocabulary_pools_make_the_parameters_equal():

@@ -122,7 +122,7 @@ def test_where_files_go_and_how_often_is_logged_makes_no_difference(ledger, make
 def test_defaults_are_written_out_so_a_changed_one_is_noticed(ledger, make_run, monkeypatch):
     run = make_run()
     stored = stored_settings(run.settings)
-    assert stored["peer"]["init_std"] == 0.1
+    assert stored["peer"]["init_std"] == 0.01
     assert stored["table_learning_rate"] == 4 * stored["learning_rate"]
     assert stored["mlp_layer_types"] == ["dense", "peer"]
     assert stored["moe"] == {}
@@ -132,9 +132,9 @@ def test_defaults_are_written_out_so_a_changed_one_is_noticed(ledger, make_run, 
     assert ledger.has(run)
     new = dataclasses.replace(FEED_FORWARDS["peer"], defaults={"init_std": 0.2})
     monkeypatch.setitem(FEED_FORWARDS, "peer", new)
-    with pytest.raises(ValueError, match=r"peer.init_std: 0.2, not 0.1"):
+    with pytest.raises(ValueError, match=r"peer.init_std: 0.2, not 0.01"):
         ledger.has(make_run())
-    assert ledger.has(make_run(peer={**run.settings.peer, "init_std": 0.1}))
+    assert ledger.has(make_run(peer={**run.settings.peer, "init_std": 0.01}))
 
 
 # Steps and FLOPs.

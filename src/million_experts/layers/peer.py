@@ -107,7 +107,7 @@ class PEER(ProductKeyRetrieval):
         query_norm: str = "batch",
         share_keys: bool = True,
         score: str = "softmax",
-        init_std: float = 0.1,
+        init_std: float = 0.01,
         sparse_grad: bool = False,
         backend: str = "auto",
         shared_width: int = 0,

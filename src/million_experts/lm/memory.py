@@ -69,7 +69,7 @@ def _added_by_sparse_gradients(model: nn.Module, settings: TrainSettings) -> int
         if settings.gradient_accumulation_steps > 1:
             gradients += min(gradients, size)
         total += gradients - size
-        if settings.table_beta1 == 0:
+        if settings.table_adam_beta1 == 0:
             total -= size
         if settings.table_second_moment == "row":
             total -= size - size // table.shape[-1]

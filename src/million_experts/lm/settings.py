@@ -16,7 +16,8 @@ from million_experts._arguments import did_you_mean
 from million_experts.lm.files import write_whole
 
 SETTINGS_FILE = "settings.yaml"
-TABLE_RATE = 4  # times learning_rate, by default: it won by 0.06 nats in a first probe
+# Times learning_rate, by default: what won, by probes that docs/decisions.md tells of.
+TABLE_RATE, RETRIEVAL_RATE = 4, 0.25
 DEFAULT_CACHE = "~/.cache/million-experts"
 SECOND_MOMENTS = ("element", "row")  # those of RowwiseAdamW; torch shall not load for the help
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -29,6 +30,14 @@ SCHEDULES = (
     "cosine_with_restarts",
     "polynomial",
     "inverse_sqrt",
+)
+# How tables learn, and what retrieves from them.
+TABLE_SETTINGS = (
+    "table_learning_rate",
+    "table_weight_decay",
+    "table_adam_beta1",
+    "table_second_moment",
+    "retrieval_learning_rate",
 )
 _PRESETS = files("million_experts.lm") / "presets"
 
@@ -102,20 +111,19 @@ class TrainSettings:
     retrieval_learning_rate: float | None = _option(
         None,
         "Training",
-        "Peak learning rate of query projections and sub-keys; by default learning_rate.",
+        f"Peak learning rate of query projections and sub-keys; by default {RETRIEVAL_RATE} x learning_rate.",
     )
     weight_decay: float = _option(0.1, "Training", "Weight decay of matrices other than expert tables.")
     table_weight_decay: float = _option(0.0, "Training", "Weight decay of the expert tables.")
     adam_beta1: float = _option(0.9, "Training", "AdamW's decay of the first moment.")
     adam_beta2: float = _option(0.95, "Training", "AdamW's decay of the second moment.")
-    table_adam_beta1: float | None = _option(
-        None,
+    table_adam_beta1: float = _option(
+        0.0,
         "Training",
-        "That of the first moment of expert tables; by default adam_beta1. With 0 none is kept for sparse "
-        "gradients.",
+        "That of the first moment of expert tables. With 0 none is kept for sparse gradients.",
     )
     table_second_moment: str = _option(
-        "element",
+        "row",
         "Training",
         "AdamW's second moment of expert tables with sparse gradients: one for each element or each row.",
     )
@@ -172,7 +180,7 @@ class TrainSettings:
                 raise ValueError(f"{name} must be between 0 and 1, got {value}")
         for name in ("attention_dropout", "adam_beta1", "adam_beta2", "table_adam_beta1"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
+            if not 0 <= value < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
         choices = {
             "precision": PRECISIONS,
@@ -201,12 +209,7 @@ class TrainSettings:
     def peak_retrieval_learning_rate(self) -> float:
         """The peak learning rate of query projections and sub-keys, where none is given too."""
         given = self.retrieval_learning_rate
-        return self.learning_rate if given is None else given
-
-    @property
-    def table_beta1(self) -> float:
-        """The decay of the first moment of expert tables, where none is given too."""
-        return self.adam_beta1 if self.table_adam_beta1 is None else self.table_adam_beta1
+        return RETRIEVAL_RATE * self.learning_rate if given is None else given
 
     def save(self, path: Path) -> None:
         """Writes the settings as YAML, whole or not at all."""

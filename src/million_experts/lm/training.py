@@ -299,8 +299,8 @@ def make_optimizer(model: PeerForCausalLM, settings: TrainSettings) -> torch.opt
         settings.peak_table_learning_rate,
         settings.weight_decay,
         settings.table_weight_decay,
-        (settings.table_beta1, settings.adam_beta2),
-        settings.retrieval_learning_rate,
+        (settings.table_adam_beta1, settings.adam_beta2),
+        settings.peak_retrieval_learning_rate,
     )
     betas = (settings.adam_beta1, settings.adam_beta2)
     if any(getattr(settings, kind).get("sparse_grad") for kind in FEED_FORWARDS):

@@ -75,7 +75,7 @@ class Setup:
             **own,
             placement="middle",
             table_rate=round(table / settings.learning_rate, 6),
-            table_beta1=settings.table_beta1,
+            table_beta1=settings.table_adam_beta1,
             retrieval_rate=round(retrieval / settings.learning_rate, 6),
         )
 
@@ -178,7 +178,9 @@ AXES = {
         "Learning rate of query projection and sub-keys, in multiples of the others'",
         _each("retrieval_rate", (0.125, 0.25, 0.5, 1.0)),
     ),
-    "init_std": Axis("Standard deviation of the output at step 0", _each("init_std", (0.03, 0.1, 0.2))),
+    "init_std": Axis(
+        "Standard deviation of the output at step 0", _each("init_std", (0.003, 0.01, 0.03, 0.1))
+    ),
     "shared_width": Axis(
         "A dense branch beside the experts",
         _each("shared_width", (0, 256)),

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from million_experts.lm.settings import DEFAULT_CACHE, TABLE_RATE, TrainSettings, parse_arguments
+from million_experts.lm.settings import (
+    DEFAULT_CACHE,
+    RETRIEVAL_RATE,
+    TABLE_RATE,
+    TrainSettings,
+    parse_arguments,
+)
 
 if TYPE_CHECKING:
     from million_experts.studies.runs import Ledger
@@ -82,7 +88,7 @@ def isoflop(
     table_rate: Annotated[
         float, typer.Option(help="Learning rate of tables of experts or values, in units of the others'.")
     ] = TABLE_RATE,
-    retrieval_rate: RetrievalRate = 1.0,
+    retrieval_rate: RetrievalRate = RETRIEVAL_RATE,
     table_beta1: TableBeta1 = 0.0,
     table_second_moment: TableSecondMoment = "row",
     all_sizes: Annotated[
@@ -188,7 +194,7 @@ def ablation(
     table_rate: Annotated[
         float, typer.Option(help="Learning rate of the base's table, in units of the others'.")
     ] = TABLE_RATE,
-    retrieval_rate: RetrievalRate = 1.0,
+    retrieval_rate: RetrievalRate = RETRIEVAL_RATE,
     table_beta1: TableBeta1 = 0.0,
     table_second_moment: TableSecondMoment = "row",
     data: Data = DATA,

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from million_experts.lm.settings import TABLE_RATE, TrainSettings
+from million_experts.lm.settings import RETRIEVAL_RATE, TABLE_RATE, TrainSettings
 from million_experts.lm.training import model_config
 from million_experts.models import count_parameters
 from million_experts.studies.causality import measure_modes
@@ -147,7 +147,7 @@ class Options:
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     table_rate: float = TABLE_RATE
-    retrieval_rate: float = 1.0
+    retrieval_rate: float = RETRIEVAL_RATE
     all_sizes: bool = False
 
     def __post_init__(self) -> None:

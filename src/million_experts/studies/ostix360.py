@@ -18,7 +18,7 @@ from rich.console import Console
 from million_experts.benchmarks.machine import OtherLoad, describe
 from million_experts.layers.retrieval import factorise
 from million_experts.lm.memory import takes_bfloat16
-from million_experts.lm.settings import TrainSettings, load_preset
+from million_experts.lm.settings import TABLE_SETTINGS, TrainSettings, load_preset
 from million_experts.lm.training import model_config
 from million_experts.models import count_parameters
 from million_experts.models.feed_forwards import complete_arguments
@@ -58,14 +58,6 @@ PUBLISHED = {
 # The predecessor's own words about PEER over its baseline: "at least".
 PUBLISHED_TIME, PUBLISHED_MEMORY = 7, 3
 
-# Settings that say how PEER's own parameters learn.
-PEER_TRAINING = (
-    "table_learning_rate",
-    "table_adam_beta1",
-    "table_second_moment",
-    "retrieval_learning_rate",
-)
-
 
 def choose_tests(
     changes: Mapping[str, Any] | None = None,
@@ -76,7 +68,7 @@ def choose_tests(
 
     Args:
         changes: settings in place of the presets'. With `steps`, the warm-up is in proportion.
-        peer: arguments of the PEER layers in place of the presets', and settings of `PEER_TRAINING`.
+        peer: arguments of the PEER layers in place of the presets', and `TABLE_SETTINGS`.
         tests: names in `PRESETS`.
 
     With another vocabulary or arguments of PEER but `num_experts`, the pools are the squares that bring the
@@ -89,7 +81,7 @@ def choose_tests(
     changes, arguments = dict(changes or {}), dict(peer or {})
     if "steps" in changes:
         changes["warmup_steps"] = WARM_UP
-    training = {name: arguments.pop(name) for name in PEER_TRAINING if name in arguments}
+    training = {name: arguments.pop(name) for name in TABLE_SETTINGS if name in arguments}
     target = parameters(replace(load_preset(PRESETS[BASELINE]), **changes))
     selected = {}
     for name in tests:

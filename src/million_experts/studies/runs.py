@@ -28,7 +28,7 @@ from million_experts.lm.callbacks import retrieval_layers
 from million_experts.lm.files import explained
 from million_experts.lm.memory import takes_bfloat16
 from million_experts.lm.scoring import Score, score_documents
-from million_experts.lm.settings import FREE_ON_RESUME, TrainSettings
+from million_experts.lm.settings import FREE_ON_RESUME, TABLE_SETTINGS, TrainSettings
 from million_experts.lm.training import build_model, check_memory, fit, model_config
 from million_experts.models import PeerConfig, PeerForCausalLM, count_parameters
 from million_experts.models.feed_forwards import FEED_FORWARDS
@@ -41,14 +41,6 @@ LEAST_STEPS = 10  # of a run: with fewer, warm-up and decay of the learning rate
 FINISHED, DIVERGED = "finished", "diverged"
 # What a run learns does not depend on these.
 _FREE = FREE_ON_RESUME | {"prompt"}
-# Nor on these, where no layer retrieves.
-_OF_TABLES = {
-    "table_learning_rate",
-    "table_weight_decay",
-    "table_adam_beta1",
-    "table_second_moment",
-    "retrieval_learning_rate",
-}
 
 
 @dataclass(frozen=True)
@@ -185,12 +177,11 @@ def stored_settings(settings: TrainSettings) -> dict[str, Any]:
     values["num_key_value_heads"] = config.num_key_value_heads
     values["table_learning_rate"] = settings.peak_table_learning_rate
     values["retrieval_learning_rate"] = settings.peak_retrieval_learning_rate
-    values["table_adam_beta1"] = settings.table_beta1
     for kind in FEED_FORWARDS:
         arguments = getattr(config, kind) if kind in (config.mlp_layer_types or []) else {}
         values[kind] = {name: value for name, value in arguments.items() if name != "backend"}
     if not any(FEED_FORWARDS[kind].is_routed for kind in config.mlp_layer_types or []):
-        values = {name: value for name, value in values.items() if name not in _OF_TABLES}
+        values = {name: value for name, value in values.items() if name not in TABLE_SETTINGS}
     return json.loads(json.dumps(values))
 
 

@@ -70,7 +70,7 @@ def language_model(
         _Loss(model, narrow),
         draw,
         like_tokens=False,
-        optimizer=AsInTraining(optimizer, own.max_grad_norm, (own.table_beta1, own.adam_beta2)),
+        optimizer=AsInTraining(optimizer, own.max_grad_norm, (own.table_adam_beta1, own.adam_beta2)),
     )
 
 
