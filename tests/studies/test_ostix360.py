@@ -18,7 +18,6 @@ from million_experts.models.attention import WIDE_ATTENTION
 from million_experts.studies import ostix360, ostix360_report, speed
 from million_experts.studies.ostix360 import (
     BASELINE,
-    PEER_TRAINING,
     PRESETS,
     choose_tests,
     ostix360_runs,
@@ -81,6 +80,7 @@ def test_with_a_small_vocabulary_pools_make_the_parameters_equal():
 def test_other_arguments_keep_the_parameters_equal():
     learning = {
         "table_learning_rate": 2e-3,
+        "table_weight_decay": 0.01,
         "table_adam_beta1": 0.0,
         "table_second_moment": "row",
         "retrieval_learning_rate": 1e-4,
@@ -89,7 +89,7 @@ def test_other_arguments_keep_the_parameters_equal():
     target = parameters(tests[BASELINE])
     for name in ("peer", "peer_glu"):
         assert tests[name].peer["key_dim"] == 128
-        assert {key: getattr(tests[name], key) for key in PEER_TRAINING} == learning
+        assert {key: getattr(tests[name], key) for key in TABLE_SETTINGS} == learning
         assert parameters(tests[name]) == pytest.approx(target, rel=0.01)
     # A query projection twice as wide leaves room for fewer experts.
     assert sizes(tests)["peer"] < 35**2
