@@ -193,7 +193,7 @@ OPTIONS = {
     "adam_beta1": (["--adam-beta1", "0.8"], 0.8),
     "adam_beta2": (["--adam-beta2", "0.7"], 0.7),
     "table_adam_beta1": (["--table-adam-beta1", "0.3"], 0.3),
-    "table_second_moment": (["--table-second-moment", "row"], "row"),
+    "table_second_moment": (["--table-second-moment", "element"], "element"),
     "lr_scheduler_type": (["--lr-scheduler-type", "linear"], "linear"),
     "warmup_steps": (["--warmup-steps", "100"], 100.0),
     "max_grad_norm": (["--max-grad-norm", "0"], 0.0),

@@ -171,7 +171,7 @@ def test_a_bfloat16_table_is_drawn_as_a_float32_one_is():
     workload = steps.layer({}, **shape, optimizer="RowwiseAdamW, small state", dtype="bfloat16")
     layer = workload.module.train()
     assert abs(float(layer.experts[:, 0].detach().float().std()) * 32**0.5 - 1) < 0.02
-    assert 0.08 < float(layer(*draw_inputs(workload, 0, False)).detach().std()) < 0.12
+    assert 0.008 < float(layer(*draw_inputs(workload, 0, False)).detach().std()) < 0.012
     assert float(layer.query_norm.running_var.sub(1).abs().max()) < 0.5
     with torch.device("meta"):
         estimated = steps.layer({}, **shape, optimizer="RowwiseAdamW, small state", dtype="bfloat16").module

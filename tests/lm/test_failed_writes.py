@@ -41,6 +41,8 @@ TINY = {
     "num_attention_heads": 2,
     "peer": {"num_experts": 4096, "num_heads": 2, "experts_per_head": 4, "key_dim": 8, "sparse_grad": True},
     "dense": {"width": 32},
+    "table_adam_beta1": 0.9,  # with both moments of every element the optimiser is larger than the model
+    "table_second_moment": "element",
     "precision": "float32",
     "steps": STEPS,
     "batch_size": 4,
