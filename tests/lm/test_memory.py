@@ -111,6 +111,7 @@ def test_a_table_without_momentum_is_expected_to_take_less():
     sparse, table = {"sparse_grad": True}, 65536 * 2 * 256 * 4
     base = estimate(peer=sparse)
     assert estimate(peer=sparse, table_adam_beta1=0.9) == base + table
+    assert estimate(peer=sparse, adam_beta1=0.0) == base, "it is not that of the tables"
     assert estimate(peer=sparse, table_second_moment="element") == base + table - table // 256
     # torch's AdamW, which dense gradients go to, keeps both moments for each element.
     assert estimate(table_adam_beta1=0.9, table_second_moment="element") == estimate()

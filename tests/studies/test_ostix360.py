@@ -53,6 +53,7 @@ def test_the_original_is_the_predecessors_table():
         if name != BASELINE:  # which has no table; plain AdamW, as there
             learning = [getattr(settings, name) for name in TABLE_SETTINGS]
             assert learning == [5e-4, 0.0, 0.9, "element", 5e-4]
+    assert tests[BASELINE].table_learning_rate is None
     apart = {"peer": {}, "moe": {}, "mlp_layer_types": None, "output_dir": None}
     apart |= {name: getattr(TrainSettings(), name) for name in TABLE_SETTINGS}
     assert len({str(replace(settings, **apart)) for settings in tests.values()}) == 1

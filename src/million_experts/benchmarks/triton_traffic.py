@@ -11,7 +11,7 @@ Shapes: T tokens, K experts a token, P = T*K pairs, N experts of R rows of D num
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -170,6 +170,13 @@ class RowSums:
     x: int
     block_d: int
     length: int
+
+    @classmethod
+    def of(cls, picks: np.ndarray, N: int, **sizes: int) -> "RowSums":
+        """For picks [T, K] of N experts, with the other fields as `sizes`."""
+        flat = picks.ravel()
+        tokens = np.argsort(flat, kind="stable") // picks.shape[1]
+        return cls(tokens, np.bincount(flat, minlength=N), **sizes)
 
     @property
     def chunks(self) -> int:
@@ -419,10 +426,11 @@ def _by_token(
     `skewed`: expert n is drawn in proportion to 1/n, so that some have many pairs.
     """
     generator = np.random.default_rng(0)
-    shares = 1 / np.arange(1, N + 1)
-    drawn = (
-        generator.choice(N, (T, K), p=shares / shares.sum()) if skewed else generator.integers(0, N, (T, K))
-    )
+    if skewed:
+        shares = 1 / np.arange(1, N + 1)
+        drawn = generator.choice(N, (T, K), p=shares / shares.sum())
+    else:
+        drawn = generator.integers(0, N, (T, K))
     picks = Picks(drawn)
     yield _row(shape, "dots, forward", dots(picks, T, D, R - 1, size, size, 4))
     yield _row(shape, "output_weights", output_weights(T * K, R, size))
@@ -432,8 +440,8 @@ def _by_token(
     yield _row(shape, "dots, backward", dots(picks, T, D, 1, size, size, 4))
     yield _row(shape, "gradient_weights", gradient_weights(T * K, R, size))
     yield _row(shape, "mix, backward", mix(picks, T, D, R - 1, size, size, 256))
-    tokens, counts = np.argsort(drawn.ravel(), kind="stable") // K, np.bincount(drawn.ravel(), minlength=N)
-    dense, touched = (RowSums(tokens, some, D, R, size, 256, 256) for some in (counts, counts[counts > 0]))
+    dense = RowSums.of(drawn, N, D=D, R=R, x=size, block_d=256, length=256)
+    touched = replace(dense, counts=dense.counts[dense.counts > 0])
     if dense.parts:
         yield _row(shape, "table_parts", table_parts(touched))
     yield _row(shape, "table_rows, (rows, values)", table_rows(touched, size))

@@ -12,6 +12,7 @@ from million_experts.lm.settings import (
     DEFAULT_CACHE,
     RETRIEVAL_RATE,
     TABLE_RATE,
+    TABLE_SETTINGS,
     TrainSettings,
     parse_arguments,
 )
@@ -268,9 +269,9 @@ def ostix360(
     peer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Other arguments of the PEER layers as name=value, or how they learn (table_learning_rate, "
-            "table_adam_beta1, table_second_moment, retrieval_learning_rate): a variant of both tests, "
-            "beside them in the report, with as many parameters. Repeat for several.",
+            help="Other arguments of the PEER layers as name=value, or how they learn "
+            f"({', '.join(TABLE_SETTINGS)}): a variant of both tests, beside them in the report, with as "
+            "many parameters. Repeat for several.",
             rich_help_panel="Layers",
             show_default=False,
         ),
