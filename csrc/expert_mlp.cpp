@@ -94,10 +94,10 @@ void walk(const ExpertMlp& a, const Start& start, const Visit& visit) {
   if (tile > share) tile = share;
   if (tile < 1) return;
   const int64_t blocks = by_blocks ? block_count(a) : 0;
-  Scratch<uint32_t> scratch(by_blocks ? a.threads * (tile * a.K + blocks + 1) : 0);
+  const ThreadScratch<uint32_t> scratch(a.threads, by_blocks ? tile * a.K + blocks + 1 : 0);
   std::atomic<int64_t> next{0};
   parallel(a.threads, [&](int thread, int) {
-    uint32_t* order = by_blocks ? scratch.data + thread * (tile * a.K + blocks + 1) : nullptr;
+    uint32_t* order = by_blocks ? scratch.of(thread) : nullptr;
     for (;;) {
       const int64_t first = next.fetch_add(1, std::memory_order_relaxed) * tile;
       if (first >= a.T) return;

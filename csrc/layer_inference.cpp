@@ -49,9 +49,9 @@ void project(const LayerInference& a, float* query) {
 void score(const LayerInference& a, const float* query, int64_t width, int64_t second_half, float* scores) {
   constexpr int P = panel_keys<float>;
   const int64_t panels[2] = {panels_of<float>(a.n1), panels_of<float>(a.n2)}, all = panels[0] + panels[1];
-  Scratch<float> packed(a.threads * a.d * P);
+  const ThreadScratch<float> packed(a.threads, a.d * P);
   parallel_shares(a.threads, a.codebooks * all, [&](int64_t item, int thread) {
-    float* own = packed.data + thread * a.d * P;
+    float* own = packed.of(thread);
     const int64_t codebook = item / all, half = item % all >= panels[0];
     const int64_t panel = item % all - (half ? panels[0] : 0), n = half ? a.n2 : a.n1;
     pack_panel((half ? a.keys2 : a.keys1) + codebook * n * a.d, n, a.d, panel, own);
@@ -130,12 +130,13 @@ void infer(const LayerInference& a) {
 
   const PairList pairs(a.k);
   const PairScratchSizes<float> sizes(width, a.k, pairs.count);
-  Scratch<float> numbers(a.threads * sizes.numbers), gates(rows * whole_vectors<float>(a.k));
-  Scratch<int32_t> integers(a.threads * sizes.integers);
+  const ThreadScratch<float> numbers(a.threads, sizes.numbers);
+  const ThreadScratch<int32_t> integers(a.threads, sizes.integers);
+  Scratch<float> gates(rows * whole_vectors<float>(a.k));
   Scratch<int64_t> indices(rows * a.k);
   std::atomic<int64_t> next{0};
   parallel(a.threads, [&](int thread, int) {
-    PairScratch<float> scratch(sizes, numbers.data + thread * sizes.numbers, integers.data + thread * sizes.integers);
+    PairScratch<float> scratch(sizes, numbers.of(thread), integers.of(thread));
     const auto gates_of = [&](int64_t row) { return gates.data + row * whole_vectors<float>(a.k); };
     const auto find = [&](int64_t row) {
       float* own = scores.data + row * width;

@@ -14,18 +14,32 @@
 namespace million_experts {
 namespace {
 
-// Rows of queries that share a codebook, a few at a time: (t, h) for all t and h, or for all t of one head.
+// Rows of queries that share a codebook, a few at a time: (t, h) for all t and h, or for all t of one head. A block of
+// tokens meets all heads before the next tokens come, as its heads' queries lie side by side: for one head after
+// another, each query was on another page. One thread takes all heads of its tokens where there are blocks for all
+// threads: their results share cache lines.
 struct QueryRows {
   const Retrieval& a;
-  int64_t per_codebook, blocks_each, blocks;
-  static constexpr int64_t block = 8 * query_rows;
+  int64_t per_codebook;
 
-  explicit QueryRows(const Retrieval& a)
-      : a(a), per_codebook(a.codebooks == 1 ? a.T * a.H : a.T), blocks_each((per_codebook + block - 1) / block),
-        blocks(blocks_each * a.codebooks) {}
+  explicit QueryRows(const Retrieval& a) : a(a), per_codebook(a.codebooks == 1 ? a.T * a.H : a.T) {}
 
   // t * H + h of the i-th query of a codebook
   int64_t row(int64_t codebook, int64_t i) const { return a.codebooks == 1 ? i : i * a.H + codebook; }
+
+  // Calls body(part, codebook, thread) for all pairs of these, the parts of the queries in order.
+  template <class Body>
+  void for_parts(int64_t parts, const Body& body) const {
+    const int64_t together = parts >= a.threads ? a.codebooks : 1, items = parts * a.codebooks / together;
+    std::atomic<int64_t> next{0};
+    parallel(a.threads, [&](int thread, int) {
+      for (;;) {
+        const int64_t item = next.fetch_add(1, std::memory_order_relaxed) * together;
+        if (item >= items * together) return;
+        for (int64_t i = item; i < item + together; ++i) body(i / a.codebooks, i % a.codebooks, thread);
+      }
+    });
+  }
 };
 
 template <class A>
@@ -48,35 +62,30 @@ void topk(const RetrievalForward& a) {
   const PairList pairs(k);
   const int64_t width = (panels[0] > panels[1] ? panels[0] : panels[1]) * P;
   const PairScratchSizes<A> sizes(width, k, pairs.count);
-  Scratch<A> numbers(a.threads * (sizes.numbers + query_rows * width));
-  Scratch<int32_t> integers(a.threads * sizes.integers);
+  const ThreadScratch<A> numbers(a.threads, sizes.numbers + query_rows * width);
+  const ThreadScratch<int32_t> integers(a.threads, sizes.integers);
   const QueryRows rows(a);
-  std::atomic<int64_t> next{0};
-  parallel(a.threads, [&](int thread, int) {
-    A* row_scores = numbers.data + thread * (sizes.numbers + query_rows * width);
-    PairScratch<A> scratch(sizes, row_scores + query_rows * width, integers.data + thread * sizes.integers);
-    for (;;) {
-      const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
-      if (item >= rows.blocks) return;
-      const int64_t codebook = item / rows.blocks_each, from = item % rows.blocks_each * QueryRows::block;
-      const int64_t to = from + QueryRows::block < rows.per_codebook ? from + QueryRows::block : rows.per_codebook;
-      for (int64_t i = from; i < to; i += query_rows) {
-        const int count = static_cast<int>(to - i < query_rows ? to - i : query_rows);
-        for (int half = 0; half < 2; ++half) {
-          const A* queries[query_rows] = {};
-          for (int r = 0; r < count; ++r) queries[r] = query + rows.row(codebook, i + r) * 2 * d + half * d;
-          const A* half_packed = packed.data + (codebook * all_panels + (half ? panels[0] : 0)) * d * P;
-          for (int64_t panel = 0; panel < panels[half]; ++panel) {
-            A* out[query_rows] = {};
-            for (int r = 0; r < count; ++r) out[r] = row_scores + r * width + panel * P;
-            score_rows(queries, count, d, half_packed + panel * d * P, out);
-          }
-          for (int r = 0; r < count; ++r) scratch.best_sub_keys(row_scores + r * width, n[half], k, half, r);
+  constexpr int64_t block = 8 * query_rows;
+  rows.for_parts((rows.per_codebook + block - 1) / block, [&](int64_t part, int64_t codebook, int thread) {
+    A* row_scores = numbers.of(thread);
+    PairScratch<A> scratch(sizes, row_scores + query_rows * width, integers.of(thread));
+    const int64_t from = part * block, to = from + block < rows.per_codebook ? from + block : rows.per_codebook;
+    for (int64_t i = from; i < to; i += query_rows) {
+      const int count = static_cast<int>(to - i < query_rows ? to - i : query_rows);
+      for (int half = 0; half < 2; ++half) {
+        const A* queries[query_rows] = {};
+        for (int r = 0; r < count; ++r) queries[r] = query + rows.row(codebook, i + r) * 2 * d + half * d;
+        const A* half_packed = packed.data + (codebook * all_panels + (half ? panels[0] : 0)) * d * P;
+        for (int64_t panel = 0; panel < panels[half]; ++panel) {
+          A* out[query_rows] = {};
+          for (int r = 0; r < count; ++r) out[r] = row_scores + r * width + panel * P;
+          score_rows(queries, count, d, half_packed + panel * d * P, out);
         }
-        for (int r = 0; r < count; ++r) {
-          const int64_t row = rows.row(codebook, i + r);
-          scratch.best_pairs(pairs, k, a.n2, r, scores + row * k, a.indices + row * k);
-        }
+        for (int r = 0; r < count; ++r) scratch.best_sub_keys(row_scores + r * width, n[half], k, half, r);
+      }
+      for (int r = 0; r < count; ++r) {
+        const int64_t row = rows.row(codebook, i + r);
+        scratch.best_pairs(pairs, k, a.n2, r, scores + row * k, a.indices + row * k);
       }
     }
   });
@@ -85,6 +94,7 @@ void topk(const RetrievalForward& a) {
 // --- backward ----------------------------------------------------------------------------------------------
 
 constexpr int64_t partial_bytes = 32 << 20;
+constexpr int64_t fetched_ahead = 8;  // queries; those of a head are too far apart for the processor to foresee
 
 // The picks of one query half with equal sub-keys merged: a sub-key and the sum of its picks' gradients.
 template <class A>
@@ -186,43 +196,44 @@ void topk_backward(const RetrievalBackward& a) {
   A* grad_keys[2] = {static_cast<A*>(a.grad_keys1), static_cast<A*>(a.grad_keys2)};
   const int64_t n[2] = {a.n1, a.n2}, d = a.d, k = a.k, both = a.n1 + a.n2;
   const int32_t n2 = static_cast<int32_t>(a.n2);
-  const int64_t rows = a.codebooks == 1 ? a.T * a.H : a.T;
+  const QueryRows queries(a);
+  const int64_t rows = queries.per_codebook;
 
   // Each part of the queries sums into tables of its own, which are then added up in order. How many parts
-  // there are depends on the shape alone, so that the number of threads does not change a bit.
+  // there are depends on the shape alone, so that the number of threads does not change a bit. A part of the tokens
+  // meets all heads, as in forward.
   int64_t parts = rows / 256 < 16 ? rows / 256 : 16;
   const int64_t room = partial_bytes / (a.codebooks * both * d * static_cast<int64_t>(sizeof(A)) + 1);
   if (parts > room) parts = room;
   if (parts < 1) parts = 1;
   Scratch<A> tables(a.codebooks * parts * both * d);
-  const int64_t scratch_each = both + 4 * k;
-  Scratch<int32_t> integers(a.threads * scratch_each);
-  Scratch<A> numbers(a.threads * 2 * k);
-  std::atomic<int64_t> next{0};
-  parallel(a.threads, [&](int thread, int) {
-    int32_t* own = integers.data + thread * scratch_each;
-    A* own_numbers = numbers.data + thread * 2 * k;
-    int32_t* lists = own + both;
+  ThreadScratch<int32_t> integers(a.threads, both + 4 * k);
+  ThreadScratch<A> numbers(a.threads, 2 * k);
+  integers.fill(0xff);
+  numbers.fill(0);
+  queries.for_parts(parts, [&](int64_t part, int64_t codebook, int thread) {
+    int32_t *own = integers.of(thread), *lists = own + both;
+    A* own_numbers = numbers.of(thread);
     Picks<A> picks[2] = {{own, lists, lists + k, own_numbers},
                          {own + a.n1, lists + 2 * k, lists + 3 * k, own_numbers + k}};
-    std::memset(own_numbers, 0, sizeof(A) * static_cast<size_t>(2 * k));
-    std::memset(own, 0xff, sizeof(int32_t) * static_cast<size_t>(both));
-    for (;;) {
-      const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
-      if (item >= a.codebooks * parts) return;
-      const int64_t codebook = item / parts, part = item % parts;
-      A* table[2] = {tables.data + item * both * d, tables.data + (item * both + a.n1) * d};
-      std::memset(table[0], 0, sizeof(A) * static_cast<size_t>(both * d));
-      for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
-        const int64_t row = a.codebooks == 1 ? i : i * a.H + codebook;
-        split_indices(a.indices + row * k, k, n2, picks[0].picked, picks[1].picked);
-        for (int half = 0; half < 2; ++half) {
-          const int64_t own_columns = (row * 2 + half) * d;
-          picks[half].merge(grad_scores + row * k, k);
-          spread_picks(picks[half], query + own_columns, keys[half] + codebook * n[half] * d,
-                       grad_query + own_columns, table[half], d);
-          picks[half].clear();
-        }
+    const int64_t place = codebook * parts + part;
+    A* table[2] = {tables.data + place * both * d, tables.data + (place * both + a.n1) * d};
+    std::memset(table[0], 0, sizeof(A) * static_cast<size_t>(both * d));
+    for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) {
+      const int64_t row = queries.row(codebook, i);
+      if (i + fetched_ahead < rows) {
+        const int64_t later = queries.row(codebook, i + fetched_ahead);
+        prefetch_row(query + later * 2 * d, 2 * d * static_cast<int64_t>(sizeof(A)));
+        prefetch_row(a.indices + later * k, k * static_cast<int64_t>(sizeof(int64_t)));
+        prefetch_row(grad_scores + later * k, k * static_cast<int64_t>(sizeof(A)));
+      }
+      split_indices(a.indices + row * k, k, n2, picks[0].picked, picks[1].picked);
+      for (int half = 0; half < 2; ++half) {
+        const int64_t own_columns = (row * 2 + half) * d;
+        picks[half].merge(grad_scores + row * k, k);
+        spread_picks(picks[half], query + own_columns, keys[half] + codebook * n[half] * d,
+                     grad_query + own_columns, table[half], d);
+        picks[half].clear();
       }
     }
   });

@@ -67,8 +67,7 @@ void run(const RowwiseAdamW& a) {
   }
   const int64_t items = (a.n + item_rows - 1) / item_rows;
   const int threads = a.threads < items ? a.threads : static_cast<int>(items);
-  const int64_t stride = (width + 15) / 16 * 16;
-  const Scratch<A> sums(threads * stride);
+  const ThreadScratch<A> sums(threads, width);
   std::atomic<int64_t> next{0};
   parallel(threads, [&](int thread, int) {
     for (;;) {
@@ -84,7 +83,7 @@ void run(const RowwiseAdamW& a) {
           fetch(exp_avg_sq + row * squares, squares * sizeof(A));
         }
         const int64_t row = a.rows[i];
-        update_row(step, row, a.R, a.D, gradient(a, i, sums.data + thread * stride), table + row * width,
+        update_row(step, row, a.R, a.D, gradient(a, i, sums.of(thread)), table + row * width,
                    momentum_at(exp_avg, row * width), exp_avg_sq + row * squares, a.last_step + row);
       }
     }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #include "memory.h"
@@ -36,6 +37,23 @@ struct Scratch {
 #else
   static constexpr size_t kept = size_t{1} << 20;
 #endif
+};
+
+// The same for each thread of a team, a page and more apart: processors fetch ahead of what a thread reads, and were its
+// neighbour's lines next, the neighbour would wait for them at every write. Retrieval's backward pass gained nothing from
+// a second thread before.
+template <class T>
+class ThreadScratch {
+ public:
+  ThreadScratch(int threads, int64_t each) : stride_(each > 0 ? whole_lines(each) + page : 0), all_(threads * stride_) {}
+  T* of(int thread) const { return all_.data + thread * stride_; }
+  void fill(int byte) { std::memset(all_.data, byte, all_.bytes); }
+
+ private:
+  static constexpr int64_t page = 4096 / sizeof(T);
+  static int64_t whole_lines(int64_t count) { return (count + 15) / 16 * 16; }
+  int64_t stride_;
+  Scratch<T> all_;
 };
 
 }  // namespace
