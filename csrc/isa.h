@@ -15,6 +15,8 @@ void expert_mlp_backward(const ExpertMlpBackward&);
 void expert_mlp_table_grad(const ExpertMlpTableGrad&);
 void expert_mlp_sort(ExpertMlpSort&);
 void expert_mlp_touched_grad(const ExpertMlpTouchedGrad&);
+void expert_products_forward(const ExpertProducts&);
+void expert_products_backward(const ExpertProducts&);
 void product_key_topk(const RetrievalForward&);
 void product_key_topk_backward(const RetrievalBackward&);
 void batch_norm(const BatchNorm&);

@@ -68,6 +68,23 @@ struct ExpertMlpTouchedGrad : ExpertMlp {
   void* values;           // [touched, R, D] in dtype_experts
 };
 
+// Experts by dense products of all tokens with all rows, in bfloat16: what stands between these products, for both
+// directions. Sums over a token's picks are taken in float.
+struct ExpertProducts {
+  Activation activation;
+  int64_t T, K, N, R;
+  const int64_t* indices;  // [T, K]
+  const float* gates;      // [T, K]
+  int64_t pre_stride;      // as in ExpertMlp
+  float* pre;              // x . down [T, K], and pre_stride later x . gate [T, K]: forward writes, backward reads
+  const void* products;    // forward: x with down rows [T, N], with gate rows beside them [T, 2 * N]; backward: grad_y
+                           // with up rows [T, N]
+  void* of_up;             // [T, N], output: what up rows are summed with forward, and grad_y for their gradient
+  void* of_inner;          // [T, N], with gate rows [T, 2 * N], output of backward: the same for the other rows and x
+  float* grad_gates;       // [T, K], output of backward, or null
+  int threads;
+};
+
 struct Retrieval {
   DType dtype_sum;  // type of query, keys and scores
   int64_t T, H, d, n1, n2, k;
@@ -167,6 +184,8 @@ struct Kernels {
   void (*expert_mlp_table_grad)(const ExpertMlpTableGrad&);
   void (*expert_mlp_sort)(ExpertMlpSort&);
   void (*expert_mlp_touched_grad)(const ExpertMlpTouchedGrad&);
+  void (*expert_products_forward)(const ExpertProducts&);
+  void (*expert_products_backward)(const ExpertProducts&);
   void (*product_key_topk)(const RetrievalForward&);
   void (*product_key_topk_backward)(const RetrievalBackward&);
   void (*batch_norm)(const BatchNorm&);

@@ -164,6 +164,16 @@ NB_MODULE(_kernels, m) {
         kernels().expert_mlp_touched_grad(a);
       },
       unlocked());
+  const auto products = [](auto run) {
+    return [run](int activation, int64_t T, int64_t K, int64_t N, int64_t R, Address indices, Address gates,
+                 int64_t pre_stride, Address pre, Address products, Address of_up, Address of_inner, Address grad_gates,
+                 int threads) {
+      (kernels().*run)({Activation(activation), T, K, N, R, at<int64_t>(indices), at<float>(gates), pre_stride,
+                        at<float>(pre), at(products), at(of_up), at(of_inner), at<float>(grad_gates), threads});
+    };
+  };
+  m.def("expert_products_forward", products(&Kernels::expert_products_forward), unlocked());
+  m.def("expert_products_backward", products(&Kernels::expert_products_backward), unlocked());
   m.def(
       "product_key_topk",
       [](int dtype_sum, int64_t T, int64_t H, int64_t d, int64_t n1, int64_t n2, int64_t k, int64_t codebooks,

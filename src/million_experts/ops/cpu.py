@@ -1,7 +1,8 @@
 """The operations by the C++ kernels in csrc/: tensors are made contiguous and handed over as addresses.
 
 Shapes as in `reference`. The kernels run on torch's own OpenMP threads and give the same bits for any number
-of them. `docs/kernels.md` explains how they work.
+of them; `cpu_products`, which is torch's products for the most part, need not. `docs/kernels.md` explains how
+they work.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from million_experts.ops import _kernels
+from million_experts.ops import _kernels, cpu_products
 from million_experts.ops.checks import check_range, check_row_state, check_shape
 from million_experts.ops.reference import ACTIVATIONS, Visit, accumulation_dtype
 
@@ -234,6 +235,10 @@ def expert_mlp(
 ) -> tuple[Tensor, Tensor]:
     """See `million_experts.ops.expert_mlp`; also returns the pre-activations [R - 1, T, K] for backward."""
     dtype = accumulation_dtype(x, gates, experts)
+    if cpu_products.pays(x, indices, gates, experts):
+        by_products = cpu_products.expert_mlp(x, indices, gates, experts, activation, threads())
+        if by_products is not None:
+            return by_products
     wide_x, wide_gates = _sum_tensor(x, dtype), _sum_tensor(gates, dtype)
     indices, experts = indices.contiguous(), experts.contiguous()
     _place_on_huge_pages(experts)
@@ -291,6 +296,22 @@ def expert_mlp_backward(
     needs_experts: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gates and experts; an empty tensor for each that is not needed."""
+    if cpu_products.pays(x, indices, gates, experts):
+        by_products = cpu_products.expert_mlp_backward(
+            grad_y,
+            x,
+            indices,
+            gates,
+            experts,
+            pre,
+            activation,
+            needs_x,
+            needs_gates,
+            needs_experts,
+            threads(),
+        )
+        if by_products is not None:
+            return by_products
     dtype = pre.dtype
     x_dtype, gates_dtype = x.dtype, gates.dtype
     grad_y, gates, pre = (_sum_tensor(t, dtype) for t in (grad_y, gates, pre))
@@ -343,6 +364,17 @@ def expert_mlp_backward_touched(
     visit: Visit | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.expert_mlp_backward_touched`."""
+    if cpu_products.pays(x, indices, gates, experts):
+        by_products = cpu_products.expert_mlp_backward(
+            grad_y, x, indices, gates, experts, pre, activation, needs_x, needs_gates, True, threads()
+        )
+        if by_products is not None:
+            grad_x, grad_gates, grad_experts = by_products
+            rows = cpu_products.used_experts(indices, len(experts))
+            if visit is not None:
+                visit(rows, grad_experts[rows])
+                rows = rows[:0]
+            return grad_x, grad_gates, rows, grad_experts[rows]
     dtype = pre.dtype
     x_dtype, gates_dtype = x.dtype, gates.dtype
     grad_y, x, gates, pre = (_sum_tensor(t, dtype) for t in (grad_y, x, gates, pre))
