@@ -14,7 +14,7 @@ import sanitized  # noqa: F401  (first of all)
 import torch
 from torch import Tensor
 
-from million_experts.ops import ACTIVATIONS, cpu
+from million_experts.ops import ACTIVATIONS, cpu, cpu_products
 from million_experts.optim import RowwiseAdamW
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -125,6 +125,19 @@ def experts() -> None:
     cpu.block_experts = own_schedule
 
 
+def experts_by_products() -> None:
+    activations, kinds = itertools.cycle(ACTIVATIONS), itertools.cycle(KINDS)
+    for (T, K, N, D), table_dtype, R in itertools.product(EXPERT_SHAPES_TKND, (F32, BF16), (2, 3)):
+        for indices in picks(T, K, N):
+            kind, activation = next(kinds), next(activations)
+            x, grad_y = values(T, D, dtype=BF16, kind=kind), values(T, D, dtype=BF16)
+            inputs = (x, indices, values(T, K, dtype=F32), values(N, R, D, dtype=table_dtype))
+            done = cpu_products.expert_mlp(*inputs, activation, cpu.threads())
+            pre = values(R - 1, T, K, dtype=F32) if done is None else done[1]
+            for flags in ((True, True, True), (False, True, False), (True, False, False)):
+                cpu_products.expert_mlp_backward(grad_y, *inputs, pre, activation, *flags, cpu.threads())
+
+
 def retrieval() -> None:
     cases = itertools.product(RETRIEVAL_SHAPES_THdnnk, (F32, F64, BF16, F16), (True, False), KINDS)
     for (T, H, d, n1, n2, k), dtype, shared, kind in cases:
@@ -182,7 +195,15 @@ def main() -> None:
         for threads in THREADS:
             torch.manual_seed(0)
             torch.set_num_threads(threads)
-            for kernels in (experts, row_updates, retrieval, batch_norm, whole_layer, rows_and_buffers):
+            for kernels in (
+                experts,
+                experts_by_products,
+                row_updates,
+                retrieval,
+                batch_norm,
+                whole_layer,
+                rows_and_buffers,
+            ):
                 start = time.monotonic()
                 kernels()
                 seconds = time.monotonic() - start
