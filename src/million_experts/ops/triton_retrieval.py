@@ -34,11 +34,19 @@ TOPK_CONFIGS = [
 
 
 def _usable(configs, named_arguments, **constants):
-    """Many winners need the registers of eight warps, and leave none for a third stage; with few, slices of
-    the depth would spill in eight warps."""
+    """Those that fit the registers and the shared memory of every target.
+
+    Many winners need the registers of eight warps, and leave none for a third stage. With few, eight warps
+    have no room for slices of the depth, nor for a float32 query half of 128 numbers, of which a third stage
+    would take more shared memory than there is.
+    """
     if constants["K_PADDED"] > 32:
         return [c for c in configs if (c.num_warps, c.num_stages) == (8, 2)]
-    return configs if constants["WHOLE"] else [c for c in configs if c.num_warps == 4]
+    if not constants["WHOLE"]:
+        return [c for c in configs if c.num_warps == 4]
+    if constants["WIDE"] and constants["BLOCK_D"] > 64:
+        return [c for c in configs if (c.num_warps, c.num_stages) == (4, 2)]
+    return configs
 
 
 @triton.jit

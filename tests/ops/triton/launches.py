@@ -46,7 +46,7 @@ def _cases() -> Iterator[tuple]:
     usual = [
         (k, 64, *pair, True) for k in (1, 16, 32, 64) for pair in ((f32, f32), (bf16, bf16), (bf16, f32))
     ]
-    wide = [(k, d, t, t, d == 128) for k in (16, 64) for d in (128, 200) for t in (f32, bf16)]
+    wide = [(k, d, t, t, d == 128) for k in (16, 32, 64) for d in (128, 200) for t in (f32, bf16)]
     for k, d, query, keys, shared in (*usual, (16, 64, f16, f16, False), *wide):
         name = f"retrieval k={k} d={d} {query} {keys} shared={shared}"
         quick = (k, d, query, keys) == (16, 64, bf16, bf16)
