@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from million_experts.ops.reference import SCRATCH_BYTES
-from million_experts.ops.triton_launch import tuned
+from million_experts.ops.triton_launch import registers, tuned
 
 # Pairs that one program sums for a row, at least. An expert that has more, because most tokens chose it, is
 # summed in parts of this length by many programs, and the parts are added in their order.
@@ -257,7 +257,7 @@ class ByToken:
         offsets = [slot * experts.stride(1) for slot in slots]
         mix_kernel[lambda config: (T * triton.cdiv(D, config["BLOCK_D"]),)](
             weights[0], weights[-1], experts, self.indices, out, K, D, experts.stride(0), offsets[0],
-            offsets[-1], TWO=len(slots) == 2,
+            offsets[-1], TWO=len(slots) == 2, **registers(),
         )  # fmt: skip
         return out
 

@@ -12,9 +12,19 @@ from torch import Tensor
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
-def tuned(configs: list[triton.Config], key: list[str]) -> Callable[[Any], Any]:
-    """Tries the configurations out when a kernel first meets such shapes; the interpreter takes the first."""
-    return triton.autotune(configs[:1] if INTERPRETED else configs, key)
+def tuned(
+    configs: list[triton.Config],
+    key: list[str],
+    usable: Callable[..., list[triton.Config]] | None = None,
+) -> Callable[[Any], Any]:
+    """Tries the configurations out when a kernel first meets such shapes; the interpreter takes the first.
+
+    Args:
+        usable: gives those that fit every target, for the configurations, the arguments by name and, as
+            keywords, the constants.
+    """
+    prune = None if usable is None else {"early_config_prune": usable}
+    return triton.autotune(configs[:1] if INTERPRETED else configs, key, prune_configs_by=prune)
 
 
 @contextlib.contextmanager

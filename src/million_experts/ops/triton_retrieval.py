@@ -13,7 +13,7 @@ from torch import Tensor
 
 from million_experts.ops import reference
 from million_experts.ops.reference import accumulation_dtype
-from million_experts.ops.triton_launch import INTERPRETED, device_of, registers
+from million_experts.ops.triton_launch import device_of, registers, tuned
 
 # What the kernels do not take goes to the reference: more winners a head than stay in registers, more experts
 # than 32 bits count, and float64, which is there for `gradcheck`.
@@ -36,17 +36,16 @@ TOPK_CONFIGS = [
 def _usable(configs, named_arguments, **constants):
     """Those that fit the registers and the shared memory of every target.
 
-    Many winners need the registers of eight warps, and leave none for a third stage. With few, eight warps
-    have no room for slices of the depth, nor for a float32 query half of 128 numbers, of which a third stage
-    would take more shared memory than there is.
+    Many winners need the registers of eight warps; with few, eight warps have no room for slices of the
+    depth, nor for a float32 query half of 128 numbers. Neither many winners nor float32 leave any for a
+    third stage.
     """
-    if constants["K_PADDED"] > 32:
-        return [c for c in configs if (c.num_warps, c.num_stages) == (8, 2)]
-    if not constants["WHOLE"]:
-        return [c for c in configs if c.num_warps == 4]
-    if constants["WIDE"] and constants["BLOCK_D"] > 64:
-        return [c for c in configs if (c.num_warps, c.num_stages) == (4, 2)]
-    return configs
+    many, whole, wide = constants["K_PADDED"] > 32, constants["WHOLE"], constants["WIDE"]
+    if many:
+        configs = [c for c in configs if c.num_warps == 8]
+    elif not whole or (wide and constants["BLOCK_D"] > 64):
+        configs = [c for c in configs if c.num_warps == 4]
+    return [c for c in configs if c.num_stages == 2] if many or (whole and wide) else configs
 
 
 @triton.jit
@@ -178,11 +177,7 @@ def _best_pairs(
     return best
 
 
-@triton.autotune(
-    TOPK_CONFIGS[:1] if INTERPRETED else TOPK_CONFIGS,
-    key=["n1", "n2", "d", "K_PADDED"],
-    prune_configs_by={"early_config_prune": _usable},
-)
+@tuned(TOPK_CONFIGS, key=["n1", "n2", "d", "K_PADDED"], usable=_usable)
 @triton.jit
 def topk_kernel(
     query,
@@ -275,7 +270,7 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
             K_PADDED=k_padded, LOG_K=k_padded.bit_length() - 1,
             BLOCK_Q=BLOCK_Q, BLOCK_N=max(64 if whole else 32, k_padded),
             BLOCK_D=_columns(d, 128) if whole else 32, WHOLE=whole,
-            **(registers() if k_padded <= 32 and not wide else {}),
+            **registers(),
         )  # fmt: skip
     return scores, indices
 

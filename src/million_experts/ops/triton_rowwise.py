@@ -18,6 +18,9 @@ from million_experts.ops.triton_launch import device_of
 # Wider rows and float64 go to the reference.
 MOST_D = 8192
 
+# Numbers of an expert that are updated at a time where each has a second moment of its own: 8 a thread.
+MOST_PIECE = 4096
+
 
 @triton.jit
 def _random_bits(key, row, column):
@@ -64,13 +67,13 @@ def adamw_kernel(
     rate,  # lr / (1 - beta1 ** step)
     eps,
     key: tl.uint64,
-    D,
-    R: tl.constexpr,
+    PIECE,  # numbers that are updated at a time: one of the R rows if BY_ROW, else any part of all of them
+    NUMBERS,  # R * D, of an expert
     WITH_GRADIENT: tl.constexpr,  # else: all rows, no gradient
     GATHERED: tl.constexpr,  # a row's gradient is a sum of values at `places`
     BY_ROW: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + i) if WITH_GRADIENT else i
@@ -85,45 +88,49 @@ def adamw_kernel(
             keep2 *= tl.full((), beta2, tl.float64)
             keep_p *= tl.full((), keep_table, tl.float64)
         keep1, keep2, keep_p = keep1.to(tl.float32), keep2.to(tl.float32), keep_p.to(tl.float32)
-        column = tl.arange(0, BLOCK_D)
-        mask = column < D
+        column = tl.arange(0, BLOCK)
         if WITH_GRADIENT and GATHERED:
             begin, end = tl.load(starts + i), tl.load(starts + i + 1)
-        for r in tl.static_range(R):
-            at = (row * R + r) * D + column
+        # Nothing here is a constant: unrolled, the loop would fetch all pieces ahead, and spill.
+        for piece in range(tl.cdiv(NUMBERS, PIECE)):
+            start = piece * PIECE
+            mask = column < tl.minimum(PIECE, NUMBERS - start)
+            at = row * NUMBERS + start + column
             if exp_avg is not None:
                 m = tl.load(exp_avg + at, mask=mask, other=0.0).to(tl.float32) * keep1
             p = tl.load(table + at, mask=mask, other=0.0).to(tl.float32) * keep_p
             if BY_ROW:
-                v = tl.load(exp_avg_sq + row * R + r) * keep2
+                square = exp_avg_sq + row * (NUMBERS // PIECE) + piece
+                v = tl.load(square) * keep2
                 tl.debug_barrier()  # all warps have read it before one writes it
             else:
                 v = tl.load(exp_avg_sq + at, mask=mask, other=0.0) * keep2
             if WITH_GRADIENT:
                 if GATHERED:
-                    grad = tl.zeros((BLOCK_D,), tl.float32)
+                    grad = tl.zeros((BLOCK,), tl.float32)
                     for place in range(begin, end):
-                        source = (tl.load(places + place) * R + r) * D + column
+                        source = tl.load(places + place) * NUMBERS + start + column
                         grad += tl.load(values + source, mask=mask, other=0.0).to(tl.float32)
                 else:
-                    grad = tl.load(values + (i * R + r) * D + column, mask=mask, other=0.0).to(tl.float32)
+                    source = values + i * NUMBERS + start + column
+                    grad = tl.load(source, mask=mask, other=0.0).to(tl.float32)
                 if exp_avg is not None:
                     m += share1 * grad
                 else:
                     m = grad
                 squares = grad * grad
                 if BY_ROW:
-                    squares = tl.sum(squares, 0) / D
+                    squares = tl.sum(squares, 0) / PIECE
                 v += share2 * squares
                 root = tl.div_rn(tl.sqrt_rn(v), root_scale) + eps
                 p -= tl.div_rn(rate * m, root)
-            bits = _random_bits(key.to(tl.uint64), row, r * D + column)
+            bits = _random_bits(key.to(tl.uint64), row, start + column)
             if exp_avg is not None:
                 kept = _round_to(m, exp_avg.dtype.element_ty, bits & 0xFFFF, STOCHASTIC)
                 tl.store(exp_avg + at, kept, mask=mask)
             tl.store(table + at, _round_to(p, table.dtype.element_ty, bits >> 16, STOCHASTIC), mask=mask)
             if BY_ROW:
-                tl.store(exp_avg_sq + row * R + r, v)
+                tl.store(square, v)
             else:
                 tl.store(exp_avg_sq + at, v, mask=mask)
         tl.debug_barrier()  # all warps have read the last step before one writes it
@@ -165,15 +172,17 @@ def rowwise_adamw(
     rows, values, places, starts = (
         t if t is None else t.contiguous() for t in (rows, values, places, starts)
     )
-    block = triton.next_power_of_2(max(1, D))
+    by_row = exp_avg_sq.dim() == 2
+    piece = max(1, D if by_row else min(MOST_PIECE, R * D))
+    block = triton.next_power_of_2(piece)
     missed_to = step - 1 if with_gradient else step
     with device_of(table):
         adamw_kernel[(programs,)](
             table, exp_avg, exp_avg_sq, last_step, history, rows, values, places, starts, step, missed_to,
             betas[0], betas[1], 1 - lr * weight_decay, 1 - betas[0], 1 - betas[1],
-            math.sqrt(1 - betas[1] ** step), lr / (1 - betas[0] ** step), eps, key or 0, D,
-            R=R, WITH_GRADIENT=with_gradient, GATHERED=places is not None and starts is not None,
-            BY_ROW=exp_avg_sq.dim() == 2, STOCHASTIC=key is not None, BLOCK_D=block,
+            math.sqrt(1 - betas[1] ** step), lr / (1 - betas[0] ** step), eps, key or 0,
+            piece, R * D, WITH_GRADIENT=with_gradient, GATHERED=places is not None and starts is not None,
+            BY_ROW=by_row, STOCHASTIC=key is not None, BLOCK=block,
             num_warps=_warps(block), enable_fp_fusion=False,
         )  # fmt: skip
     return None
