@@ -244,7 +244,7 @@ class ByToken:
         offsets = [slot * experts.stride(1) for slot in slots]
         dots_kernel[lambda config: (T * triton.cdiv(K, config["ROWS"] // len(slots)),)](
             source, experts, self.indices, out, T * K, K, D, experts.stride(0), offsets[0], offsets[-1],
-            TWO=len(slots) == 2, BLOCK_D=DOTS_COLUMNS,
+            TWO=len(slots) == 2, BLOCK_D=DOTS_COLUMNS, **registers(),
         )  # fmt: skip
         return out
 

@@ -248,7 +248,7 @@ class ByTiles:
             tile_mix_kernel[(triton.cdiv(T, TILE_TOKENS) * triton.cdiv(D, TILE_COLUMNS),)](
                 dense[0], dense[-1], experts, out[tokens], T, N, D, experts.stride(0), offsets[0],
                 offsets[-1], TWO=len(slots) == 2, PRECISION=precision(), TILE_T=TILE_TOKENS,
-                TILE_D=TILE_COLUMNS, DEPTH=DEPTH,
+                TILE_D=TILE_COLUMNS, DEPTH=DEPTH, **registers(),
             )  # fmt: skip
         return out
 
@@ -267,6 +267,7 @@ class ByTiles:
                 tile_table_kernel[(len(parts) * programs,)](
                     source, dense, parts, T, N, D, each,
                     PRECISION=precision(), TILE_N=TILE_EXPERTS, TILE_D=TILE_COLUMNS, DEPTH=DEPTH,
+                    **registers(),
                 )  # fmt: skip
                 total[:, slot] += parts.sum(0)
         return total.to(dtype)

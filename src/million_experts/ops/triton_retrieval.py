@@ -37,13 +37,13 @@ def _usable(configs, named_arguments, **constants):
     """Those that fit the registers and the shared memory of every target.
 
     Many winners need the registers of eight warps; with few, eight warps have no room for slices of the
-    depth, nor for a float32 query half of 128 numbers. Neither many winners nor float32 leave any for a
+    depth, nor, on sm_100, for float32. Neither many winners nor float32 at its whole depth leave any for a
     third stage.
     """
     many, whole, wide = constants["K_PADDED"] > 32, constants["WHOLE"], constants["WIDE"]
     if many:
         configs = [c for c in configs if c.num_warps == 8]
-    elif not whole or (wide and constants["BLOCK_D"] > 64):
+    elif wide or not whole:
         configs = [c for c in configs if c.num_warps == 4]
     return [c for c in configs if c.num_stages == 2] if many or (whole and wide) else configs
 
@@ -260,7 +260,7 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
     k_padded = max(2, triton.next_power_of_2(k))
     wide = query.dtype != keys1.dtype or query.dtype == torch.float32
     # A deeper codebook comes in thin slices: wide ones beside the best k do not fit in registers.
-    whole = d <= (64 if wide and k_padded > 32 else 128)
+    whole = d <= (32 if wide and k_padded > 32 else 128)
     with device_of(query):
         topk_kernel[triton.cdiv(rows, BLOCK_Q), codebooks](
             query, keys1, keys2, scores, indices, rows, H, *query.stride()[:3], keys1.shape[-2],
