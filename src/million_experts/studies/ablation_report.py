@@ -213,29 +213,31 @@ def _figures(study: _Study, folder: Path) -> list[str]:
     )
     parts = []
     if norms or len(active) > 1:
-        figure, (left, right) = _panels()
+        figure, panels = _panels(bool(norms) + (len(active) > 1))
         for norm, setups in norms.items():
-            _curve(left, study, setups, lambda setup: setup.num_experts, norm)
-        _curve(right, study, active, lambda setup: setup.active, study.base.query_norm)
-        left.set(xscale="log", xlabel="experts in the pool", ylabel="validation loss, nats per token")
-        right.set(xscale="log", xlabel=f"experts at work, {study.base.num_experts:,} in the pool")
-        right.set_xticks([setup.active for setup in active], [str(setup.active) for setup in active])
-        right.minorticks_off()
+            _curve(panels[0], study, setups, lambda setup: setup.num_experts, norm)
+        if norms:
+            _show_pools(panels[0], norms.values())
         if len(norms) > 1:
-            left.legend(title="query norm", frameon=False)
+            panels[0].legend(title="query norm", frameon=False)
+        if len(active) > 1:
+            _curve(panels[-1], study, active, lambda setup: setup.active, study.base.query_norm)
+            panels[-1].set(xlabel=f"experts at work, {study.base.num_experts:,} in the pool")
+            _show_numbers(panels[-1], [setup.active for setup in active])
+        panels[0].set(ylabel="validation loss, nats per token")
         _save(figure, folder / LOSS_FIGURE)
         parts.append(
             f"![Validation loss against experts]({LOSS_FIGURE})\n\nPoints are runs, lines the means over "
             "seeds."
         )
     if norms:
-        figure, (left, right) = _panels()
+        figure, (left, right) = _panels(2)
         for norm, setups in norms.items():
             for axes, name in ((left, "usage"), (right, "unevenness")):
                 color, marker = STYLES[norm]
                 values = [study.usage(setup, name) for setup in setups]
                 axes.plot([s.num_experts for s in setups], values, marker=marker, color=color, label=norm)
-                axes.set(xscale="log", xlabel="experts in the pool")
+                _show_pools(axes, norms.values())
         left.set(ylabel="share of the experts used", ylim=(0, 1.03))
         right.set(ylabel="unevenness, nats")
         right.set_ylim(bottom=0)
@@ -245,11 +247,23 @@ def _figures(study: _Study, folder: Path) -> list[str]:
     return ["## Figures", *parts] if parts else []
 
 
-def _panels() -> Any:
-    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.0), layout="constrained")
-    for axes in panels:
+def _panels(count: int) -> tuple[Any, Any]:
+    figure, panels = plt.subplots(1, count, figsize=(4.8 * count, 4.0), layout="constrained", squeeze=False)
+    for axes in panels[0]:
         axes.spines[["top", "right"]].set_visible(False)
-    return figure, panels
+    return figure, panels[0]
+
+
+def _show_pools(axes: Any, curves: Iterable[Sequence[Setup]]) -> None:
+    axes.set(xlabel="experts in the pool")
+    _show_numbers(axes, sorted({setup.num_experts for setups in curves for setup in setups}))
+
+
+def _show_numbers(axes: Any, numbers: Sequence[int]) -> None:
+    """A logarithmic axis that is marked where there are points."""
+    axes.set_xscale("log")
+    axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
+    axes.minorticks_off()
 
 
 def _curve(axes: Any, study: _Study, setups: Sequence[Setup], size: Any, norm: str) -> None:
