@@ -258,6 +258,8 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
     codebooks = 1 if keys1.dim() == 2 else H
     rows = T * H // codebooks
     k_padded = max(2, triton.next_power_of_2(k))
+    if k_padded > 32 and query.dtype != keys1.dtype:  # to widen on the way takes a register too many on AMD
+        query, keys1, keys2 = query.float(), keys1.float(), keys2.float()
     wide = query.dtype != keys1.dtype or query.dtype == torch.float32
     # A deeper codebook comes in thin slices: wide ones beside the best k do not fit in registers.
     whole = d <= (32 if wide and k_padded > 32 else 128)
