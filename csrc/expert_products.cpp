@@ -44,6 +44,14 @@ void for_tokens(const ExpertProducts& a, int64_t length, const Token& token) {
   });
 }
 
+// Calls group(first, count) for the pairs of token t, at most group_pairs at a time.
+template <class Visit>
+void for_groups(const ExpertProducts& a, int64_t t, const Visit& group) {
+  const int64_t end = (t + 1) * a.K;
+  for (int64_t at = t * a.K; at < end; at += group_pairs)
+    group(at, static_cast<int>(end - at < group_pairs ? end - at : group_pairs));
+}
+
 template <bool glu>
 void forward(const ExpertProducts& a) {
   const bf16* products = static_cast<const bf16*>(a.products);
@@ -51,9 +59,7 @@ void forward(const ExpertProducts& a) {
   for_tokens(a, a.N, [&](int64_t t, float* sums) {
     const bf16* row = products + t * a.N * (glu ? 2 : 1);
     Group g;
-    for (int64_t at = t * a.K; at < (t + 1) * a.K; at += group_pairs) {
-      const int64_t left = (t + 1) * a.K - at;
-      const int count = static_cast<int>(left < group_pairs ? left : group_pairs);
+    for_groups(a, t, [&](int64_t at, int count) {
       for (int i = 0; i < count; ++i) {
         const int64_t expert = a.indices[at + i];
         a.pre[at + i] = g.pre[i] = widen(row[expert]);
@@ -62,7 +68,7 @@ void forward(const ExpertProducts& a) {
       activate(a.activation, g.pre, count, g.hidden, static_cast<float*>(nullptr));
       for (int i = 0; i < count; ++i)
         sums[a.indices[at + i]] += a.gates[at + i] * (glu ? g.hidden[i] * g.pre2[i] : g.hidden[i]);
-    }
+    });
     hand_over(sums, of_up + t * a.N, a.N);
   });
 }
@@ -76,9 +82,7 @@ void backward(const ExpertProducts& a) {
     const bf16* row = products + t * a.N;
     float* up_sums = sums + inner;
     Group g;
-    for (int64_t at = t * a.K; at < (t + 1) * a.K; at += group_pairs) {
-      const int64_t left = (t + 1) * a.K - at;
-      const int count = static_cast<int>(left < group_pairs ? left : group_pairs);
+    for_groups(a, t, [&](int64_t at, int count) {
       for (int i = 0; i < count; ++i) {
         g.pre[i] = a.pre[at + i];
         if (glu) g.pre2[i] = a.pre[a.pre_stride + at + i];
@@ -93,7 +97,7 @@ void backward(const ExpertProducts& a) {
         up_sums[expert] += gate * hidden;
         if (a.grad_gates) a.grad_gates[at + i] = dot * hidden;
       }
-    }
+    });
     hand_over(sums, of_inner + t * inner, inner);
     hand_over(up_sums, of_up + t * a.N, a.N);
   });

@@ -30,12 +30,12 @@ struct QueryRows {
   // Calls body(part, codebook, thread) for all pairs of these, the parts of the queries in order.
   template <class Body>
   void for_parts(int64_t parts, const Body& body) const {
-    const int64_t together = parts >= a.threads ? a.codebooks : 1, items = parts * a.codebooks / together;
+    const int64_t together = parts >= a.threads ? a.codebooks : 1, pairs = parts * a.codebooks;
     std::atomic<int64_t> next{0};
     parallel(a.threads, [&](int thread, int) {
       for (;;) {
         const int64_t item = next.fetch_add(1, std::memory_order_relaxed) * together;
-        if (item >= items * together) return;
+        if (item >= pairs) return;
         for (int64_t i = item; i < item + together; ++i) body(i / a.codebooks, i % a.codebooks, thread);
       }
     });

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from expert_steps import Inputs, make_inputs, step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from million_experts.ops import ACTIVATIONS, expert_mlp
 
 BF16, F32 = torch.bfloat16, torch.float32
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+TYPES = (BF16, F32, F32)  # of tokens, gates and table
 
 
 @pytest.fixture
@@ -41,34 +42,6 @@ def used(products, monkeypatch) -> list[str]:
 
         monkeypatch.setattr(products, name, call)
     return calls
-
-
-def make_inputs(
-    seed: int, T: int, K: int, N: int, D: int, glu: bool, table: torch.dtype = F32, gates: torch.dtype = F32
-) -> tuple[Inputs, Tensor]:
-    """x, indices, gates and experts; the gradient of y. Tokens and their gradient are bfloat16."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    x, grad_y = draw(T, D).to(BF16), draw(T, D).to(BF16)
-    experts = (draw(N, 3 if glu else 2, D) / D**0.5).to(table)
-    return (x, torch.randint(0, N, (T, K), generator=generator), draw(T, K).to(gates), experts), grad_y
-
-
-def step(inputs: Inputs, grad_y: Tensor, activation: str, **options) -> dict[str, Tensor]:
-    x, indices, gates, experts = inputs
-    x, gates, experts = (t.detach().requires_grad_() for t in (x, gates, experts))
-    y = expert_mlp(x, indices, gates, experts, activation, **options)
-    y.backward(grad_y)
-    grad = experts.grad
-    return {
-        "y": y.detach(),
-        "x": x.grad,
-        "gates": gates.grad,
-        "experts": grad.to_dense() if grad.is_sparse else grad,
-    }
 
 
 def rounded(tensor: Tensor) -> Tensor:
@@ -153,7 +126,7 @@ def check(inputs: Inputs, grad_y: Tensor, activation: str, mask: Tensor | None =
 def test_agrees_with_the_reference(
     seed, T, K, N, D, glu, activation, table, gates, masked, sparse, gaps, used, products, spread_out
 ):
-    inputs, grad_y = make_inputs(seed, T, K, N, D, glu, table, gates)
+    inputs, grad_y = make_inputs(seed, T, K, N, D, glu, (BF16, gates, table))
     mask = torch.rand(T, generator=torch.Generator().manual_seed(seed)) > 0.3 if masked else None
     if gaps:
         inputs, grad_y = tuple(map(spread_out, inputs)), spread_out(grad_y)
@@ -169,7 +142,7 @@ def test_agrees_with_the_reference(
 def test_chunks_of_tokens_add_up(glu, used, products, monkeypatch):
     for chunk in (1, 7, 16, 40):
         monkeypatch.setattr(products, "CHUNK", chunk)
-        inputs, grad_y = make_inputs(chunk, 40, 9, 30, 17, glu)
+        inputs, grad_y = make_inputs(chunk, 40, 9, 30, 17, glu, TYPES)
         check(inputs, grad_y, "silu")
     assert len(used) == 8
 
@@ -188,7 +161,7 @@ def test_one_expert_that_a_token_picks_often_counts_as_often(used):
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_only_experts_that_were_picked_have_a_gradient(sparse, used):
-    (x, indices, gates, experts), grad_y = make_inputs(3, 20, 4, 50, 16, False)
+    (x, indices, gates, experts), grad_y = make_inputs(3, 20, 4, 50, 16, False, TYPES)
     indices.remainder_(7)
     experts.requires_grad_()
     expert_mlp(x, indices, gates, experts, "gelu", sparse_grad=sparse, backend="cpu").backward(grad_y)
@@ -202,7 +175,7 @@ def test_only_experts_that_were_picked_have_a_gradient(sparse, used):
 
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:])
 def test_each_gradient_alone_has_the_same_bits(wanted, used):
-    (x, indices, gates, experts), grad_y = make_inputs(6, 30, 5, 40, 37, True)
+    (x, indices, gates, experts), grad_y = make_inputs(6, 30, 5, 40, 37, True, TYPES)
     expected = step((x, indices, gates, experts), grad_y, "gelu", backend="cpu")
     tensors = [t.clone().requires_grad_(w) for t, w in zip((x, gates, experts), wanted, strict=True)]
     expert_mlp(tensors[0], indices, *tensors[1:], backend="cpu").backward(grad_y)
@@ -218,7 +191,7 @@ def test_each_gradient_alone_has_the_same_bits(wanted, used):
 def test_what_is_not_finite_is_left_to_the_arithmetic_of_the_picks(
     poisoned, value, sparse, glu, used, products, monkeypatch
 ):
-    inputs, of_y = make_inputs(5, 24, 4, 40, 19, glu)
+    inputs, of_y = make_inputs(5, 24, 4, 40, 19, glu, TYPES)
     x, indices, gates, experts = inputs
     indices.remainder_(30)
     places = {"x": x[5], "gates": gates[11], "used": experts[3], "unused": experts[35], "grad_y": of_y[2]}
@@ -234,7 +207,7 @@ def test_what_is_not_finite_is_left_to_the_arithmetic_of_the_picks(
 
 
 def test_the_same_bits_on_every_run(used):
-    inputs, grad_y = make_inputs(8, 300, 32, 400, 128, True)
+    inputs, grad_y = make_inputs(8, 300, 32, 400, 128, True, TYPES)
     expected = step(inputs, grad_y, "gelu", backend="cpu")
     for _ in range(4):
         for name, tensor in step(inputs, grad_y, "gelu", backend="cpu").items():
@@ -261,10 +234,9 @@ def test_the_same_bits_on_every_run(used):
 def test_when_dense_products_are_taken(change, expected, cpu, monkeypatch):
     case = {"T": 512, "K": 32, "x": BF16, "table": F32, "gates": F32, "units": True} | change
     monkeypatch.setattr(cpu.cpu_products, "has_matrix_units", lambda: case["units"])
-    (x, indices, gates, experts), _ = make_inputs(
-        0, case["T"], case["K"], 112, 4, False, case["table"], case["gates"]
-    )
-    assert cpu.cpu_products.pays(x.to(case["x"]), indices, gates, experts) is expected
+    types = (case["x"], case["gates"], case["table"])
+    inputs, _ = make_inputs(0, case["T"], case["K"], 112, 4, False, types)
+    assert cpu.cpu_products.pays(*inputs) is expected
 
 
 def test_what_matrix_units_are_is_what_torch_says(cpu, monkeypatch):

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from expert_steps import Inputs, make_inputs, step
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,36 +19,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FUNCTIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 # No width of a vector, or of a few, divides them all: 16 vectors of 16 floats are the longest run.
 WIDTHS = (1, 3, 8, 17, 31, 64, 100, 257, 300)
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def make_inputs(
-    seed: int,
-    T: int,
-    K: int,
-    N: int,
-    D: int,
-    glu: bool,
-    dtypes: tuple[torch.dtype, ...] = (torch.float32,) * 3,
-) -> tuple[Inputs, Tensor]:
-    """x, indices, gates, experts of `dtypes`, so scaled that float16 holds every sum; the gradient of y."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((T, D), (T, K), (N, 3 if glu else 2, D), (T, D))
-    x, gates, experts, grad_y = (
-        torch.randn(s, generator=generator, dtype=torch.float64).to(d)
-        for s, d in zip(shapes, (*dtypes, dtypes[0]), strict=True)
-    )
-    experts = experts / D**0.5
-    return (x, torch.randint(0, N, (T, K), generator=generator), gates, experts), grad_y
-
-
-def step(inputs: Inputs, grad_y: Tensor, activation: str, **options) -> dict[str, Tensor]:
-    x, indices, gates, experts = inputs
-    x, gates, experts = (t.detach().requires_grad_() for t in (x, gates, experts))
-    y = expert_mlp(x, indices, gates, experts, activation, **options)
-    y.backward(grad_y)
-    return {"y": y.detach(), "x": x.grad, "gates": gates.grad, "experts": experts.grad}
 
 
 def reference_step(inputs: Inputs, grad_y: Tensor, activation: str, **options) -> dict[str, Tensor]:

@@ -237,7 +237,8 @@ def _figures(study: _Study, folder: Path) -> list[str]:
                 color, marker = STYLES[norm]
                 values = [study.usage(setup, name) for setup in setups]
                 axes.plot([s.num_experts for s in setups], values, marker=marker, color=color, label=norm)
-                _show_pools(axes, norms.values())
+        for axes in (left, right):
+            _show_pools(axes, norms.values())
         left.set(ylabel="share of the experts used", ylim=(0, 1.03))
         right.set(ylabel="unevenness, nats")
         right.set_ylim(bottom=0)
