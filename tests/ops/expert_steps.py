@@ -11,12 +11,12 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def make_inputs(
-    seed: int,
-    T: int,
-    K: int,
-    N: int,
-    D: int,
-    glu: bool,
+    seed: int = 0,
+    T: int = 3,
+    K: int = 3,
+    N: int = 5,
+    D: int = 10,
+    glu: bool = False,
     dtypes: tuple[torch.dtype, ...] = (torch.float32,) * 3,
 ) -> tuple[Inputs, Tensor]:
     """x, indices, gates, experts of `dtypes`, so scaled that float16 holds every sum; the gradient of y."""
@@ -26,15 +26,13 @@ def make_inputs(
         torch.randn(s, generator=generator, dtype=torch.float64).to(d)
         for s, d in zip(shapes, (*dtypes, dtypes[0]), strict=True)
     )
-    experts = experts / D**0.5
-    return (x, torch.randint(0, N, (T, K), generator=generator), gates, experts), grad_y
+    return (x, torch.randint(0, N, (T, K), generator=generator), gates, experts / max(1, D) ** 0.5), grad_y
 
 
-def step(inputs: Inputs, grad_y: Tensor, activation: str, **options) -> dict[str, Tensor]:
+def step(inputs: Inputs, grad_y: Tensor, activation: str = "gelu", **options) -> dict[str, Tensor]:
     """y and the gradients of x, gates and experts."""
     x, indices, gates, experts = inputs
     x, gates, experts = (t.detach().requires_grad_() for t in (x, gates, experts))
     y = expert_mlp(x, indices, gates, experts, activation, **options)
     y.backward(grad_y)
-    of_table = experts.grad.to_dense() if experts.grad.is_sparse else experts.grad
-    return {"y": y.detach(), "x": x.grad, "gates": gates.grad, "experts": of_table}
+    return {"y": y.detach(), "x": x.grad, "gates": gates.grad, "experts": experts.grad}

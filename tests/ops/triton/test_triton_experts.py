@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from unittest.mock import patch
 
+import expert_steps
 import pytest
 import torch
+from expert_steps import Inputs, make_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,8 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 WALKS = (ByToken, ByTiles)
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+step = functools.partial(expert_steps.step, backend="triton")
 
 
 @pytest.fixture(params=WALKS, ids=lambda walk: walk.__name__)
@@ -41,33 +43,6 @@ def walk(request: pytest.FixtureRequest) -> Iterator[type]:
     """Makes the backend go token by token, or by tiles, whatever the shapes."""
     with patch.object(kernels, "schedule", lambda *_: request.param):
         yield request.param
-
-
-def make_inputs(
-    seed: int = 0,
-    T: int = 3,
-    K: int = 3,
-    N: int = 5,
-    D: int = 10,
-    glu: bool = False,
-    dtypes=(torch.float32,) * 3,
-) -> tuple[Inputs, Tensor]:
-    """x, indices, gates, experts of `dtypes`, so scaled that float16 holds every sum; the gradient of y."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((T, D), (T, K), (N, 3 if glu else 2, D), (T, D))
-    x, gates, experts, grad_y = (
-        torch.randn(s, generator=generator, dtype=torch.float64).to(d)
-        for s, d in zip(shapes, (*dtypes, dtypes[0]), strict=True)
-    )
-    return (x, torch.randint(0, N, (T, K), generator=generator), gates, experts / max(1, D) ** 0.5), grad_y
-
-
-def step(inputs: Inputs, grad_y: Tensor, activation: str = "gelu", **options) -> dict[str, Tensor]:
-    x, indices, gates, experts = inputs
-    x, gates, experts = (t.detach().requires_grad_() for t in (x, gates, experts))
-    y = expert_mlp(x, indices, gates, experts, activation, **({"backend": "triton"} | options))
-    y.backward(grad_y)
-    return {"y": y.detach(), "x": x.grad, "gates": gates.grad, "experts": experts.grad}
 
 
 def check(
