@@ -176,6 +176,7 @@ def test_the_readmes_figures_are_those_of_the_committed_run():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3700)
 @pytest.mark.parametrize("command", SLOW)
 def test_training_commands_run_in_full(command, tmp_path):
     """Each takes a quarter of an hour on two cores, and has to end 5 % below the bigram."""
