@@ -48,7 +48,7 @@ def loss_figure(
         axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.25 * (highest - lowest))
     axes.set(xlabel="step", ylabel="bits per byte", title=title)
     if axes.lines:
-        axes.legend(framealpha=1, edgecolor="none")  # opaque: a yardstick may pass behind it
+        axes.legend(framealpha=1, edgecolor="none", borderaxespad=0)  # opaque: a yardstick may pass behind
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
