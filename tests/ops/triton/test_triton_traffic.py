@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,6 @@ import triton_trace
 
 from million_experts.ops import reference, triton_retrieval, triton_rowwise
 from million_experts.ops import triton_expert_rows as rows
-from million_experts.ops import triton_expert_tiles as tiles
 from million_experts.ops import triton_experts as experts
 
 triton_interpreter.repair()
@@ -22,18 +23,23 @@ triton_interpreter.repair()
 ALLOWED = 1.3  # bytes moved over bytes that must move
 
 
-def check(
-    traces: dict[str, list[triton_trace.Trace]], name: str, accesses: model.Accesses, cache: int
-) -> None:
-    """The model's bytes are those of a kernel's first launch, and little more than must move."""
-    trace = traces[name][0]
+def compare(trace: triton_trace.Trace, kernel: model.Kernel, cache: int) -> float:
+    """The model's bytes and products are those of a launch; gives the bytes that it moves."""
     expected: dict[str, float] = {}
-    for access in accesses:
+    for access in kernel.accesses:
         expected[access.tensor] = expected.get(access.tensor, 0) + access.issued
     assert trace.issued() == pytest.approx(expected)
+    if trace.operations:
+        products = [kernel.work.get("narrow"), kernel.work.get("tf32", 0) / 3, kernel.work.get("float32")]
+        assert trace.operations == next(p for p in products if p)
     moved = trace.moved(cache)
-    assert moved <= ALLOWED * sum(a.necessary(cache) for a in accesses), name
-    assert moved == pytest.approx(sum(a.moved(cache) for a in accesses), rel=0.1), name
+    assert moved == pytest.approx(kernel.moved(cache, in_flight=1), rel=0.1)  # one program after the other
+    return moved
+
+
+def check(traces: dict[str, list[triton_trace.Trace]], name: str, kernel: model.Kernel, cache: int) -> None:
+    """The model is right about a kernel's first launch, which moves little more than it must."""
+    assert compare(traces[name][0], kernel, cache) <= ALLOWED * kernel.necessary(cache), name
 
 
 def mlp_inputs(T: int, K: int, N: int, R: int, D: int, dtype=torch.float32):
@@ -50,30 +56,22 @@ def test_experts_token_by_token(R, dtype, monkeypatch):
     monkeypatch.setattr(experts, "TILE_REUSE", float("inf"))
     T, K, N, D, cache = 16, 10, 100, 320, 2**15
     x, indices, gates, table, grad_y = mlp_inputs(T, K, N, R, D, dtype)
-    at_once = rows.DOTS_CONFIGS[0].kwargs["ROWS"]
-    mix_d, table_d = (c[0].kwargs["BLOCK_D"] for c in (rows.MIX_CONFIGS, rows.TABLE_CONFIGS))
     picks, size = model.Picks(indices.numpy()), table.element_size()
 
     with triton_trace.record() as traces:
         _, pre = experts.expert_mlp(x, indices, gates, table, "gelu")
-    check(traces, "dots_kernel", model.dots(picks, T, D, R - 1, 4, size, at_once // (R - 1)), cache)
+    check(traces, "dots_kernel", model.dots(picks, T, D, R - 1, 4, size), cache)
     check(traces, "output_weights_kernel", model.output_weights(T * K, R, 4), cache)
-    check(traces, "mix_kernel", model.mix(picks, T, D, 1, size, 4, mix_d), cache)
+    check(traces, "mix_kernel", model.mix(picks, T, D, 1, size, 4), cache)
 
     with triton_trace.record() as traces:
         experts.expert_mlp_backward(grad_y, x, indices, gates, table, pre, "gelu", True, True, True)
-    check(traces, "dots_kernel", model.dots(picks, T, D, 1, 4, size, at_once), cache)
+    check(traces, "dots_kernel", model.dots(picks, T, D, 1, 4, size), cache)
     check(traces, "gradient_weights_kernel", model.gradient_weights(T * K, R, 4), cache)
-    check(traces, "mix_kernel", model.mix(picks, T, D, R - 1, size, 4, mix_d), cache)
-    sums = row_sums(indices, N, D, R, table_d)
+    check(traces, "mix_kernel", model.mix(picks, T, D, R - 1, size, 4), cache)
+    sums = model.RowSums.of(indices.numpy(), N, D, R, 4)
     assert sums.most == 0
     check(traces, "table_rows_kernel", model.table_rows(sums, size), 2**17)
-
-
-def row_sums(indices: torch.Tensor, N: int, D: int, R: int, block_d: int) -> model.RowSums:
-    """The table's gradient for picks [T, K]."""
-    length = rows.part_length(indices.numel(), R, D)
-    return model.RowSums.of(indices.numpy(), N, D=D, R=R, x=4, block_d=block_d, length=length)
 
 
 @pytest.mark.parametrize("R", [2, 3])
@@ -87,7 +85,7 @@ def test_experts_with_many_pairs(R, monkeypatch):
     _, pre = experts.expert_mlp(x, indices, gates, table, "gelu")
     with triton_trace.record() as traces:
         experts.expert_mlp_backward(grad_y, x, indices, gates, table, pre, "gelu", True, True, True)
-    sums = row_sums(indices, N, D, R, rows.TABLE_CONFIGS[0].kwargs["BLOCK_D"])
+    sums = model.RowSums.of(indices.numpy(), N, D, R, 4)
     assert sums.parts == 7  # of 32 pairs and some of one expert, and 9 and some of another
     check(traces, "table_parts_kernel", model.table_parts(sums), cache)
     check(traces, "table_rows_kernel", model.table_rows(sums, 4), cache)
@@ -95,27 +93,31 @@ def test_experts_with_many_pairs(R, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_in_tiles(dtype):
-    T, K, N, R, D, cache, tile = 70, 40, 72, 3, 80, 2**18, tiles.TILE_TOKENS
-    assert tiles.TILE_TOKENS == tiles.TILE_EXPERTS == tiles.TILE_COLUMNS
+    T, K, N, R, D, cache = 70, 40, 72, 3, 80, 2**18
     x, indices, gates, table, grad_y = mlp_inputs(T, K, N, R, D, dtype)
     size = table.element_size()
     with triton_trace.record() as traces:
         _, pre = experts.expert_mlp(x, indices, gates, table, "gelu")
-    check(traces, "tile_dots_kernel", model.tile_dots(T, N, D, 4, size, tile), cache)
-    check(traces, "spread_kernel", model.spread(indices.numpy(), N, tiles.SPREAD), cache)
-    check(traces, "tile_mix_kernel", model.tile_mix(T, N, D, 1, size, 4, tile), cache)
+    check(traces, "tile_dots_kernel", model.tile_dots(T, N, D, 4, size), cache)
+    check(traces, "spread_kernel", model.spread(indices.numpy(), N), cache)
+    check(traces, "tile_mix_kernel", model.tile_mix(T, N, D, 1, size, 4), cache)
     with triton_trace.record() as traces:
         experts.expert_mlp_backward(grad_y, x, indices, gates, table, pre, "gelu", True, True, True)
-    check(traces, "tile_mix_kernel", model.tile_mix(T, N, D, 2, size, 4, tile), cache)
+    check(traces, "tile_mix_kernel", model.tile_mix(T, N, D, 2, size, 4), cache)
     assert len(traces["tile_table_kernel"]) == R
-    check(traces, "tile_table_kernel", model.tile_table(T, N, D, 4, _split(T, tiles.DEPTH), tile), cache)
+    check(traces, "tile_table_kernel", model.tile_table(T, N, D, 4), cache)
 
 
-def _split(width: int, block: int) -> int:
-    return -(-width // block)
-
-
-@pytest.mark.parametrize(("d", "dtype"), [(16, torch.float32), (16, torch.bfloat16), (160, torch.float32)])
+@pytest.mark.parametrize(
+    ("d", "dtype"),
+    [
+        (16, torch.float32),
+        (16, torch.bfloat16),
+        (64, torch.float32),
+        (128, torch.bfloat16),
+        (160, torch.float32),
+    ],
+)
 def test_retrieval(d, dtype):
     T, H, k, n1, n2, cache = 10, 2, 4, 40, 34, 2**19
     generator = torch.Generator().manual_seed(0)
@@ -124,20 +126,15 @@ def test_retrieval(d, dtype):
     s = model.Retrieval(T, H, k, n1, n2, d, query.element_size(), keys1.element_size())
     with triton_trace.record() as traces:
         scores, indices = triton_retrieval.product_key_topk(query, keys1, keys2, k)
-    check(
-        traces,
-        "topk_kernel",
-        model.topk(s, triton_retrieval.BLOCK_Q, 64 if d <= 128 else 32, d <= 128),
-        cache,
-    )
+    check(traces, "topk_kernel", model.topk(s), cache)
 
     with triton_trace.record() as traces:
         triton_retrieval.product_key_topk_backward(scores, indices, query, keys1, keys2)
-    check(traces, "query_grad_kernel", model.query_grad(s, indices.numpy(), 4, 64), cache)
+    check(traces, "query_grad_kernel", model.query_grad(s, indices.numpy(), 4), cache)
     order, starts = (t.numpy() for t in triton_retrieval._sort_selections(indices, n1, n2, 1))
-    counts, part = np.diff(starts), triton_retrieval.PART
-    check(traces, "key_parts_kernel", model.key_parts(s, order, counts, 4, part, 64), cache)
-    check(traces, "key_sum_kernel", model.key_sum(s, counts, part, 64), cache)
+    counts = np.diff(starts)
+    check(traces, "key_parts_kernel", model.key_parts(s, order, counts, 4), cache)
+    check(traces, "key_sum_kernel", model.key_sum(s, counts), cache)
     assert torch.equal(indices, reference.product_key_topk(query, keys1, keys2, k)[1])
 
 
@@ -156,24 +153,70 @@ def test_rowwise_adamw(by_row, with_momentum, dtype):
             (0.9 if with_momentum else 0.0, 0.99), 1e-8, 0.0, 1,
         )  # fmt: skip
     size = dtype.itemsize
-    accesses = model.adamw(n, R, D, steps, size, size if with_momentum else 0, size, by_row)
+    kernel = model.adamw(n, R, D, steps, size, size if with_momentum else 0, size, by_row)
     assert len(traces["adamw_kernel"]) == 1
-    check(traces, "adamw_kernel", accesses, 2**14)
+    check(traces, "adamw_kernel", kernel, 2**14)
 
 
-def test_standard_shapes_move_little_more_than_they_must():
-    for row in model.standard():
-        assert row.moved <= ALLOWED * row.necessary, row
-        assert row.necessary <= row.issued * 1.0001, row
+def test_what_is_streamed_pushes_rows_out_of_the_cache(monkeypatch):
+    """As at 8,192 tokens with D = 1024: tokens and gradients would fit, but not with the rows written."""
+    monkeypatch.setattr(experts, "TILE_REUSE", float("inf"))
+    T, K, N, R, D = 64, 8, 600, 2, 64
+    x, indices, gates, table, grad_y = mlp_inputs(T, K, N, R, D)
+    _, pre = experts.expert_mlp(x, indices, gates, table, "gelu")
+    with triton_trace.record() as traces:
+        experts.expert_mlp_backward(grad_y, x, indices, gates, table, pre, "gelu", True, True, True)
+    kernel, cache = model.table_rows(model.RowSums.of(indices.numpy(), N, D, R, 4), 4), 5 * 2**13
+    assert cache > 2 * T * D * 4
+    assert compare(traces["table_rows_kernel"][0], kernel, cache) > ALLOWED * kernel.necessary(cache)
+
+
+# Of kernels and operations at standard shapes, what moves more than ALLOWED times what must move, and how
+# many times. `docs/kernels.md` says why.
+WIDE, TILES = (
+    "8,192 tokens, 128 of 1,048,576, D = 1024, bfloat16",
+    "8,192 tokens, 128 of 1,024, D = 1024, bfloat16",
+)
+EXCEPTIONS = {
+    (WIDE, "table_rows, (rows, values)"): 1.48,
+    (WIDE, "table_rows, dense"): 1.42,
+    (TILES, "**expert_mlp**"): 4.49,
+    (TILES, "**expert_mlp and backward**"): 6.42,
+    ("2,048 tokens, 8 heads, 16 of 1024 x 1024, d = 64, float32", "**retrieval and backward**"): 3.41,
+    ("8,192 tokens, 8 heads, 16 of 1024 x 1024, d = 128, bfloat16", "**retrieval and backward**"): 3.51,
+}  # fmt: skip
+
+
+def test_standard_shapes_move_little_more_than_they_must_with_known_exceptions():
+    above = {(row.shape, row.kernel): row.ratio for row in model.standard() if row.ratio > ALLOWED}
+    assert above == pytest.approx(EXCEPTIONS, abs=0.01)
+
+
+def test_the_document_has_what_the_program_prints():
+    text = (pathlib.Path(__file__).parents[3] / "docs/kernels.md").read_text()
+    section = text.split("## Traffic\n")[1].split("\n## ")[0]
+    assert section[section.index("\n**") :].strip() == model.table()
 
 
 def test_a_cache_keeps_what_was_used_last():
-    gather = model.Gather("table", model.Picks(np.array([0, 1, 0, 2, 1, 0])), 10)
+    picks = model.Picks(np.array([0, 1, 0, 2, 1, 0]))
+    gather = model.Gather("table", picks, 10)
+    alone = model.Kernel([gather], {})
     assert gather.issued == 60
-    assert gather.necessary(100) == gather.moved(100) == 30
+    assert gather.necessary(100) == alone.moved(100, 1) == 30
     # Two rows fit: 0, 1 | 2, 1 | 0 must come, and 0 1 . 2 1 0 do come.
     assert gather.necessary(20) == 50
-    assert gather.moved(20) == 50
+    assert alone.moved(20, 1) == 50
+    # Four rows fit, but two with the 10 bytes that pass at each pick.
+    assert alone.moved(40, 1) == 30
+    assert model.Kernel([gather, model.Stream("out", 60)], {}).moved(40, 1) == 60 + 50
     stream = model.Stream("keys", 100, 3, apart=True)
     assert stream.moved(1000) == 100
     assert stream.moved(50) == 300
+
+
+def test_programs_in_flight_take_turns():
+    picks = model.Picks(np.arange(8))
+    assert picks.in_turns(2, 1).tolist() == list(range(8))
+    assert picks.in_turns(2, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert picks.in_turns(3, 3).tolist() == [0, 3, 6, 1, 4, 7, 2, 5]

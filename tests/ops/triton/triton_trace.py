@@ -1,4 +1,4 @@
-"""Records what kernels load and store in Triton's interpreter, address by address."""
+"""Records what kernels load and store in Triton's interpreter, address by address, and their products."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Trace:
     """The accesses of one kernel: tensor, addresses, bytes of each, whether it writes."""
 
     accesses: list[tuple[str, np.ndarray, int, bool]] = field(default_factory=list)
+    operations: int = 0  # of its products of matrices, an addition and a multiplication for each pair
 
     def issued(self) -> dict[str, int]:
         """Bytes of all loads and stores, by tensor."""
@@ -65,6 +66,7 @@ def record() -> Iterator[dict[str, list[Trace]]]:
     current: list[tuple[Trace, dict[str, tuple[int, int]]]] = []
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     launch, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
+    dot = builder.create_dot
 
     def note(pointers, mask, writes: bool) -> None:
         addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
@@ -86,6 +88,10 @@ def record() -> Iterator[dict[str, list[Trace]]]:
         note(pointers, mask, writes=True)
         return store(self, pointers, value, mask, *others)
 
+    def recorded_dot(self, a, b, *others):
+        current[-1][0].operations += 2 * a.data.size * b.data.shape[-1]
+        return dot(self, a, b, *others)
+
     def recorded_launch(self, *arguments, **named):
         known = inspect.getfullargspec(self.fn).args
         bound = inspect.getcallargs(
@@ -102,8 +108,10 @@ def record() -> Iterator[dict[str, list[Trace]]]:
 
     executor.__call__ = recorded_launch
     builder.create_masked_load, builder.create_masked_store = recorded_load, recorded_store
+    builder.create_dot = recorded_dot
     try:
         yield traces
     finally:
         executor.__call__ = launch
         builder.create_masked_load, builder.create_masked_store = load, store
+        builder.create_dot = dot
