@@ -171,6 +171,18 @@ def test_what_is_streamed_pushes_rows_out_of_the_cache(monkeypatch):
     assert compare(traces["table_rows_kernel"][0], kernel, cache) > ALLOWED * kernel.necessary(cache)
 
 
+def test_what_is_read_again_after_the_cache_was_filled_comes_again(monkeypatch):
+    """Each tile of tokens reads the table, which is larger than the cache."""
+    monkeypatch.setattr(experts, "TILE_REUSE", 0)
+    T, N, D, cache = 192, 640, 16, 2**15
+    x, indices, gates, table, _ = mlp_inputs(T, 4, N, 2, D)
+    with triton_trace.record() as traces:
+        experts.expert_mlp(x, indices, gates, table, "gelu")
+    kernel = model.tile_dots(T, N, D, 4, 4)
+    moved = compare(traces["tile_dots_kernel"][0], kernel, cache)
+    assert moved == pytest.approx(kernel.necessary(cache) + 2 * N * D * 4, rel=0.01)
+
+
 # Of kernels and operations at standard shapes, what moves more than ALLOWED times what must move, and how
 # many times. `docs/kernels.md` says why.
 WIDE, TILES = (
