@@ -42,6 +42,11 @@ def _usable_for_dots(configs, named_arguments, **constants):
     return [c for c in configs if c.num_warps == 8] if constants["WIDE"] else configs
 
 
+def _usable_for_mix(configs, named_arguments, **constants):
+    """Nor does a number of experts that is no multiple of 16, on sm_80."""
+    return [c for c in configs if c.num_warps == 8] if named_arguments["N"] % 16 else configs
+
+
 # Picks of a token that are compared with one another at a time.
 SPREAD = 32
 
@@ -118,7 +123,7 @@ def spread_kernel(
     tl.store(dense + t * N + own, total, mask=k < K)
 
 
-@tuned(TILE_CONFIGS, key=["D", "N", "TWO"])
+@tuned(TILE_CONFIGS, key=["D", "N", "TWO"], usable=_usable_for_mix)
 @triton.jit
 def tile_mix_kernel(
     dense,  # [T, N]

@@ -35,6 +35,15 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+# Of the text: atomic operations on memory, and loads of 16 bytes.
+INSTRUCTIONS = {
+    "sm": (r"\b(?:atom|red)\.", r"\bld\.global[.\w:]*\.v4\.b32"),
+    "gfx": (
+        r"\b(?:global|flat|buffer|ds)_(?:atomic|cmpst|cmpswap|add|inc|dec)_\w+",
+        r"\b(?:global|buffer)_load_dwordx4",
+    ),
+}
+
 # A case: a name, whether it is one of the few that `make test` compiles, and what to launch.
 Case = tuple[str, bool, Callable[[], Any]]
 
@@ -56,10 +65,20 @@ class Absent:
 
 
 def needs(name: str, kernel, target: str) -> dict[str, Any]:
-    """Registers, spills and shared memory of a compiled kernel, read from its binary."""
-    result = {"kernel": name, "target": target, "warps": kernel.metadata.num_warps}
+    """Registers, spills and shared memory of a compiled kernel, read from its binary.
+
+    Also, from its text, how many instructions are atomic, and how many load 16 bytes a thread.
+    """
+    text = kernel.asm["amdgcn" if target.startswith("gfx") else "ptx"]
+    atomic, wide = INSTRUCTIONS["gfx" if target.startswith("gfx") else "sm"]
+    result = {
+        "kernel": name,
+        "target": target,
+        "warps": kernel.metadata.num_warps,
+        "atomics": len(re.findall(atomic, text)),
+        "wide_loads": len(re.findall(wide, text)),
+    }
     if target.startswith("gfx"):
-        text = kernel.asm["amdgcn"]
 
         def read(field: str) -> int:
             return int(re.search(rf"\.{field}:\s+(\d+)", text)[1])

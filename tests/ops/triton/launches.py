@@ -12,13 +12,17 @@ from million_experts.ops import triton_retrieval, triton_rowwise
 bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def _retrieval(k: int, d: int, query: torch.dtype, keys: torch.dtype, shared: bool, n: int) -> None:
-    T, H = 64, 8
-    codebook = torch.empty(n, d, dtype=keys) if shared else torch.empty(H, n, d, dtype=keys)
+def _retrieval(
+    k: int, d: int, query: torch.dtype, keys: torch.dtype, shared: bool, sizes: tuple[int, int, int, int]
+) -> None:
+    T, H, *both = sizes
+    keys1, keys2 = (
+        torch.empty(n, d, dtype=keys) if shared else torch.empty(H, n, d, dtype=keys) for n in both
+    )
     queries = torch.empty(T, H, 2, d, dtype=query)
-    triton_retrieval.product_key_topk(queries, codebook, codebook, k)
+    triton_retrieval.product_key_topk(queries, keys1, keys2, k)
     picks = torch.zeros(T, H, k, dtype=torch.int64)
-    triton_retrieval.product_key_topk_backward(torch.empty(T, H, k), picks, queries, codebook, codebook)
+    triton_retrieval.product_key_topk_backward(torch.empty(T, H, k), picks, queries, keys1, keys2)
 
 
 def _rowwise(D: int, R: int, table, momentum, values, by_row: bool, gathered: bool, key: int | None) -> None:
@@ -50,7 +54,16 @@ def _cases() -> Iterator[tuple]:
     for k, d, query, keys, shared in (*usual, (16, 64, f16, f16, False), *wide):
         name = f"retrieval k={k} d={d} {query} {keys} shared={shared}"
         quick = (k, d, query, keys) == (16, 64, bf16, bf16)
-        yield name, quick, lambda a=(k, d, query, keys, shared, 1024): _retrieval(*a)
+        yield name, quick, lambda a=(k, d, query, keys, shared, (64, 8, 1024, 1024)): _retrieval(*a)
+    # Triton makes other code for a number that is 1 and for one that is no multiple of 16.
+    odd = itertools.product(
+        ((1, 1, 128, 128), (3, 1, 100, 70), (5, 3, 1024, 900)), ((1, 16), (3, 1), (8, 32), (40, 100))
+    )
+    types = (f32, f32), (bf16, bf16), (f32, bf16), (f16, f16)
+    for i, (sizes, (k, d)) in enumerate(odd):
+        query, keys = types[(i + i // 4) % 4]
+        name = f"retrieval T, H, n1, n2={sizes} k={k} d={d} {query} {keys} shared={i % 2 == 0}"
+        yield name, False, lambda a=(k, d, query, keys, i % 2 == 0, sizes): _retrieval(*a)
     sizes = ((64, 2), (256, 2), (256, 3), (1000, 2), (8192, 2), (8192, 3))
     forms = (
         (f32, f32, f32, False, False, None),

@@ -15,8 +15,24 @@ from million_experts.ops.triton_expert_tiles import ByTiles
 bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def _step(walk: type, D: int, R: int, activation: str, x_dtype: torch.dtype, table: torch.dtype) -> None:
-    T, K, N = 64, 16, 64  # 1024 pairs: experts may have more than a part holds
+# Tokens, picks of a token, experts. Here there are 1,024 pairs: experts may have more than a part holds.
+USUAL = 64, 16, 64
+
+# Triton makes other code for a number that is 1 and for one that is no multiple of 16, and so for a row of
+# weights behind an odd number of pairs.
+ODD = (1, 128, 4096), (301, 7, 5), (1, 1, 1)
+
+
+def _step(
+    walk: type,
+    sizes: tuple[int, int, int],
+    D: int,
+    R: int,
+    activation: str,
+    x_dtype: torch.dtype,
+    table: torch.dtype,
+) -> None:
+    T, K, N = sizes
     x, gates, pre = (
         torch.empty(T, D, dtype=x_dtype),
         torch.empty(T, K, dtype=x_dtype),
@@ -41,13 +57,17 @@ def _cases() -> Iterator[tuple]:
         activation = ACTIVATIONS[(D + R) % 3]
         quick = (D, R) == (256, 3) and x_dtype == table == (f32 if walk is ByToken else bf16)
         name = f"experts {walk.__name__} D={D} R={R} {x_dtype} {table}"
-        yield name, quick, lambda a=(walk, D, R, activation, x_dtype, table): _step(*a)
+        yield name, quick, lambda a=(walk, USUAL, D, R, activation, x_dtype, table): _step(*a)
     for activation, R in itertools.product(ACTIVATIONS, (2, 3)):
         yield (
             f"experts {activation} R={R}",
             activation == "gelu",
-            lambda a=(ByToken, 64, R, activation, f32, f32): _step(*a),
+            lambda a=(ByToken, USUAL, 64, R, activation, f32, f32): _step(*a),
         )
+    for walk, sizes, dtype in itertools.product((ByToken, ByTiles), ODD, (f32, bf16)):
+        for D, R in ((256, 3), (99, 2)):
+            name = f"experts {walk.__name__} T, K, N={sizes} D={D} R={R} {dtype}"
+            yield name, False, lambda a=(walk, sizes, D, R, "gelu", dtype, dtype): _step(*a)
 
 
 CASES = list(_cases())

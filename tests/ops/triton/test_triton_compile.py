@@ -1,4 +1,6 @@
-"""Every kernel, as it is launched, compiled for GPUs that are not there: none spills or exceeds its target.
+"""Every kernel, as it is launched, compiled for GPUs that are not there.
+
+None spills, exceeds its target or adds to memory atomically.
 
 `compile_kernels.py` compiles and reads the binaries; `launches.py` lists what is launched. A part of it is
 compiled by `make test`, all by `make test-slow`.
@@ -57,6 +59,7 @@ def check(results: Iterable[dict[str, Any]]) -> None:
         registers = -(-result["registers"] // 8) * 8 * result["warps"] * threads_of_a_warp
         assert of_a_block is None or registers <= of_a_block, result
         assert result["shared_bytes"] <= shared, result
+        assert result["atomics"] == 0, result  # every sum has one order
 
 
 def all_kernels() -> set[str]:
@@ -73,6 +76,9 @@ def test_usual_launches_fit():
         for results in pool.map(lambda target: compile_for(target, "--quick"), LIMITS):
             check(results)
             assert {result["kernel"] for result in results} == all_kernels()
+            # Rows whose width is a multiple of 16 are gathered 16 bytes a lane.
+            gathering = ("dots_kernel", "mix_kernel", "table_rows_kernel", "table_parts_kernel")
+            assert all(result["wide_loads"] for result in results if result["kernel"] in gathering)
 
 
 @pytest.mark.slow

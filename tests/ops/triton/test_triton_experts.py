@@ -25,7 +25,7 @@ import triton_interpreter
 
 from million_experts.ops import triton_expert_rows, triton_expert_tiles
 from million_experts.ops import triton_experts as kernels
-from million_experts.ops.triton_expert_rows import ByToken
+from million_experts.ops.triton_expert_rows import ByToken, RowSums
 from million_experts.ops.triton_expert_tiles import ByTiles
 
 triton_interpreter.repair()
@@ -104,6 +104,11 @@ def test_dtypes_may_differ(dtypes, walk, assert_close):
 @pytest.mark.parametrize("D", [31, 64, 127, 129, 256, 257, 600])  # pieces have 32, 64, 128 and 256 columns
 def test_widths(D, walk, assert_close):
     check(*make_inputs(D, T=2, K=2, N=3, D=D, glu=D % 2 == 1), assert_close)
+
+
+@pytest.mark.parametrize("D", [8191, 8192])
+def test_the_widest(D, walk, assert_close):
+    check(*make_inputs(D, T=2, K=1, N=1, D=D, glu=True), assert_close)
 
 
 @pytest.mark.parametrize("K", [1, 4, 7, 8, 9, 33])  # 4 or 8 rows at a time, 32 picks of a token
@@ -219,6 +224,29 @@ def test_a_table_beyond_32_bits(dtype, glu, walk, assert_close):
         strict=True,
     ):
         assert_close(actual, expected)
+
+
+def test_a_dense_gradient_beyond_32_bits(assert_close):
+    """Of the programs of 2**20 experts only those of the last run, whose rows lie beyond 2**31 numbers."""
+    N, R, D, K = 2**20 + 1, 2, 1024, 3
+    generator = torch.Generator().manual_seed(0)
+    x, grad_y = torch.randn(2, 4, D, generator=generator)
+    weights = torch.randn(R, 4, K, generator=generator)
+    starts = triton_interpreter.addressed((N + 1,), torch.int64)
+    starts[N] = 4 * K  # every pick is the last expert's
+    sums = RowSums(x, grad_y, weights, torch.arange(4 * K), starts)
+    values = triton_interpreter.addressed((N, R, D), torch.bfloat16)
+    kernel = triton_expert_rows.table_rows_kernel
+    chunks = D // kernel.configs[0].kwargs["BLOCK_D"]
+    with triton_interpreter.programs_from((N - 1) * chunks):
+        kernel[(chunks,)](
+            x, grad_y, weights, sums.order, starts, sums.part_starts, sums.parts, values, 4 * K, K, D,
+            PARTED=sums.parted, R=R,
+        )  # fmt: skip
+    per_token = weights.sum(2)
+    assert_close(values[-1, 0], per_token[0] @ x)
+    assert_close(values[-1, 1], per_token[1] @ grad_y)
+    assert not values[0].any()
 
 
 @pytest.mark.parametrize("glu", [False, True])

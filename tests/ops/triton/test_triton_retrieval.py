@@ -113,6 +113,8 @@ def test_sorting_by_the_language_itself(quick_sorts, assert_close):
             patch.setattr(tl, name, getattr(tl.standard, name))
         check_forward(make_inputs(3, 2, 1, 70, 66, 5, whole=True), 5, assert_close, exact=True)
         check_forward(make_inputs(4, 1, 2, 9, 8, 3), 8, assert_close)
+        for k in (16, 33, 64):
+            check_forward(make_inputs(k, 1, 1, 130, 65, 3, whole=True), k, assert_close, exact=True)
 
 
 def test_queries_of_several_tiles(assert_close):
@@ -217,31 +219,43 @@ def test_parts_of_a_sub_keys_selections_change_nothing(part, shared, monkeypatch
     check_backward(inputs, indices, assert_close, exact=True)
 
 
-def test_the_same_bits_whatever_is_chosen_by_autotuning():
+def test_autotuning_chooses_no_sizes_and_runs_repeat():
+    # Warps and stages mean nothing to the interpreter: `tests/gpu` compares the bits that they give.
+    assert all(not config.kwargs for config in kernels.TOPK_CONFIGS)
     inputs = make_inputs(5, T=5, n1=70, n2=40, d=20)
-    chosen = kernels.topk_kernel
-    results = []
-    for config in kernels.TOPK_CONFIGS:
-        chosen.configs, before = [config], chosen.configs
-        try:
-            results.append(kernels.product_key_topk(*inputs, 6))
-        finally:
-            chosen.configs = before
-    for scores, indices in results[1:]:
-        assert torch.equal(scores, results[0][0])
-        assert torch.equal(indices, results[0][1])
-    grads = [kernels.product_key_topk_backward(*results[0], *inputs) for _ in range(2)]
+    scores, indices = kernels.product_key_topk(*inputs, 6)
+    grads = [kernels.product_key_topk_backward(scores, indices, *inputs) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_offsets_beyond_32_bits(assert_close):
-    # Two tokens 2**31 numbers apart, and two codebooks of which the second begins beyond.
+    # Two tokens 2**31 numbers apart.
     near = make_inputs(6, T=2, H=1, d=8, dtype=torch.bfloat16)
     far = triton_interpreter.addressed((2**31 + 16,), torch.bfloat16)
     query = far.as_strided((2, 1, 2, 8), (2**31, 0, 8, 1))
     query.copy_(near[0])
     indices = check_forward((query, *near[1:]), 3, assert_close)
     check_backward((query, *near[1:]), indices, assert_close)
+
+
+def test_the_last_of_many_codebooks(assert_close):
+    """Its sub-keys lie beyond 2**31 numbers: of all heads' programs only those of the last run."""
+    H, n, d, k = 2**16 + 1, 2**8, 2**7, 3
+    near = make_inputs(7, T=2, H=1, n1=n, n2=n, d=d, shared=False, dtype=torch.bfloat16)
+    query = near[0].expand(2, H, 2, d)
+    keys = [triton_interpreter.addressed((H, n, d), torch.bfloat16) for _ in range(2)]
+    for many, one in zip(keys, near[1:], strict=True):
+        many[-1] = one[0]
+    scores = triton_interpreter.addressed((2, H, k), torch.float32)
+    indices = triton_interpreter.addressed((2, H, k), torch.int64)
+    with triton_interpreter.programs_from(0, H - 1), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "topk_kernel", {(1, H): kernels.topk_kernel[1, 1]})
+        patch.setattr(query, "new_empty", lambda *_, dtype: scores if dtype == torch.float32 else indices)
+        kernels.product_key_topk(query, *keys, k)
+    expected, right = reference.product_key_topk(*near, k)
+    assert torch.equal(indices[:, -1], right[:, 0])
+    assert_close(scores[:, -1], expected[:, 0])
+    assert not scores[:, :-1].any()
 
 
 @pytest.mark.parametrize("what", ["float64", "winners", "experts"])

@@ -129,7 +129,7 @@ def test_what_is_not_finite_stays_so(dtype, assert_close):
         assert torch.equal(ours[name].nan_to_num(0), theirs[name].nan_to_num(0))
 
 
-@pytest.mark.parametrize("D", [1, 257, 1030])
+@pytest.mark.parametrize("D", [1, 257, 1030, 1500])  # 3 * 1,500 numbers take two pieces
 def test_wide_rows(D, assert_close):
     state = make_state(5, N=3, R=3, D=D, table=torch.bfloat16)
     assert_same(run_both(state, torch.tensor([2, 0]), torch.randn(2, 3, D), key=9), assert_close)
@@ -165,6 +165,20 @@ def test_offsets_beyond_32_bits():
         )
     for name in ("table", "exp_avg", "exp_avg_sq", "last_step"):
         assert torch.equal(large[name][N - 1], small[name][1])
+
+
+def test_gradients_beyond_32_bits():
+    state = make_state(12, N=2, R=2, D=1024, table=torch.bfloat16)
+    near = torch.randn(2, 2, 1024).bfloat16()
+    far = triton_interpreter.addressed((2**20 + 3, 2, 1024), torch.bfloat16)
+    far[-2:] = near
+    rows, starts = torch.tensor([1]), torch.tensor([0, 2])
+    expected, _ = run_both(state, rows, near, torch.tensor([0, 1]), starts)
+    kernels.rowwise_adamw(
+        **state, rows=rows, values=far, places=torch.tensor([len(far) - 2, len(far) - 1]), starts=starts,
+        **OPTIONS, key=None,
+    )  # fmt: skip
+    assert torch.equal(state["table"], expected["table"])
 
 
 def test_the_same_bits_on_every_run():
