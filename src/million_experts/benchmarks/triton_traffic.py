@@ -45,6 +45,7 @@ class Stream:
     bytes: float
     times: float = 1
     apart: bool = False  # all of the tensor lies between one time and the next; else they follow closely
+    past: bool = False  # written with the hint that nobody will read it soon, so that it takes no room
 
     @property
     def issued(self) -> float:
@@ -147,17 +148,19 @@ class Kernel:
         All tensors share the cache: those that are streamed push picked rows out of it.
         """
         rows: dict[Picks, int] = {}  # bytes of all rows that are picked together
-        streamed = 0.0
+        streamed = past = 0.0
         for access in self.accesses:
-            if isinstance(access, Stream):
+            if isinstance(access, Stream) and access.past:
+                past += access.moved(cache)
+            elif isinstance(access, Stream):
                 streamed += access.moved(cache)
             else:
                 rows[access.picks] = rows.get(access.picks, 0) + access.row_bytes
         distinct = sum(picks.distinct * size for picks, size in rows.items())
         if streamed + distinct <= cache or distinct == 0:
-            return streamed + distinct
+            return past + streamed + distinct
         turns = [picks.in_turns(self.each, in_flight) for picks in rows]
-        return streamed + _missed(turns, list(rows.values()), streamed / len(turns[0]), cache)
+        return past + streamed + _missed(turns, list(rows.values()), streamed / len(turns[0]), cache)
 
     @property
     def computing(self) -> float:
@@ -335,7 +338,7 @@ def table_rows(s: RowSums, out: int) -> Kernel:
     starts, part_starts = (
         Stream(name, (M + 1) * INDEX, 2 * M * s.chunks / (M + 1)) for name in ("starts", "part_starts")
     )
-    accesses = [*s.sums(of_parts=False), starts, Stream("values", M * s.R * s.D * out)]
+    accesses = [*s.sums(of_parts=False), starts, Stream("values", M * s.R * s.D * out, past=True)]
     if s.most:
         accesses.append(part_starts)
     if s.parts:

@@ -148,12 +148,12 @@ def _sum_pairs(
 
 
 @triton.jit
-def _store_rows(out, i, columns, D, down, up, gate, R: tl.constexpr):
+def _store_rows(out, i, columns, D, down, up, gate, R: tl.constexpr, HINT: tl.constexpr):
     rows = out + i * R * D + columns
-    tl.store(rows, down.to(out.dtype.element_ty), mask=columns < D)
-    tl.store(rows + D, up.to(out.dtype.element_ty), mask=columns < D)
+    tl.store(rows, down.to(out.dtype.element_ty), mask=columns < D, cache_modifier=HINT)
+    tl.store(rows + D, up.to(out.dtype.element_ty), mask=columns < D, cache_modifier=HINT)
     if R == 3:
-        tl.store(rows + D + D, gate.to(out.dtype.element_ty), mask=columns < D)
+        tl.store(rows + D + D, gate.to(out.dtype.element_ty), mask=columns < D, cache_modifier=HINT)
 
 
 @tuned(TABLE_CONFIGS, key=["D", "R"])
@@ -187,7 +187,7 @@ def table_parts_kernel(
         down, up, gate = _sum_pairs(
             x, grad_y, weights, order, first, last, columns, pairs, K, D, R, BLOCK_D, UNROLL
         )
-        _store_rows(parts, j, columns, D, down, up, gate, R)
+        _store_rows(parts, j, columns, D, down, up, gate, R, "")
 
 
 @tuned(TABLE_CONFIGS, key=["D", "R"])
@@ -228,7 +228,8 @@ def table_rows_kernel(
             up += tl.load(rows + D, mask=inside, other=0.0)
             if R == 3:
                 gate += tl.load(rows + D + D, mask=inside, other=0.0)
-    _store_rows(values, i, columns, D, down, up, gate, R)
+    # Streamed: the rows written would push tokens and gradients, which are read again, out of the cache.
+    _store_rows(values, i, columns, D, down, up, gate, R, ".cs")
 
 
 class ByToken:

@@ -261,8 +261,8 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
     if k_padded > 32 and query.dtype != keys1.dtype:  # to widen on the way takes a register too many on AMD
         query, keys1, keys2 = query.float(), keys1.float(), keys2.float()
     wide = query.dtype != keys1.dtype or query.dtype == torch.float32
-    # A deeper codebook comes in thin slices: wide ones, and masks of a depth that is no multiple of 16, do not
-    # fit in registers beside the best k.
+    # A deeper codebook comes in thin slices: wide ones, and masks of a depth that is no multiple of 16, do
+    # not fit in registers beside the best k.
     whole = d <= (32 if (wide or d % 16) and k_padded > 32 else 128)
     with device_of(query):
         topk_kernel[triton.cdiv(rows, BLOCK_Q), codebooks](

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -158,8 +159,8 @@ def test_rowwise_adamw(by_row, with_momentum, dtype):
     check(traces, "adamw_kernel", kernel, 2**14)
 
 
-def test_what_is_streamed_pushes_rows_out_of_the_cache(monkeypatch):
-    """As at 8,192 tokens with D = 1024: tokens and gradients would fit, but not with the rows written."""
+def test_rows_written_leave_tokens_and_gradients_in_the_cache(monkeypatch):
+    """As at 8,192 tokens with D = 1024: both fit, but would not if the rows written took room."""
     monkeypatch.setattr(experts, "TILE_REUSE", float("inf"))
     T, K, N, R, D = 64, 8, 600, 2, 64
     x, indices, gates, table, grad_y = mlp_inputs(T, K, N, R, D)
@@ -168,7 +169,12 @@ def test_what_is_streamed_pushes_rows_out_of_the_cache(monkeypatch):
         experts.expert_mlp_backward(grad_y, x, indices, gates, table, pre, "gelu", True, True, True)
     kernel, cache = model.table_rows(model.RowSums.of(indices.numpy(), N, D, R, 4), 4), 5 * 2**13
     assert cache > 2 * T * D * 4
-    assert compare(traces["table_rows_kernel"][0], kernel, cache) > ALLOWED * kernel.necessary(cache)
+    check(traces, "table_rows_kernel", kernel, cache)
+    kept = [replace(a, past=False) if a.tensor == "values" else a for a in kernel.accesses]
+    assert model.Kernel(kept, {}).moved(cache, 1) > ALLOWED * kernel.necessary(cache)
+    trace = traces["table_rows_kernel"][0]
+    trace.accesses = [(*a[:3], "writes" if a[3] == "streams" else a[3]) for a in trace.accesses]
+    assert trace.moved(cache) > ALLOWED * kernel.necessary(cache)
 
 
 def test_what_is_read_again_after_the_cache_was_filled_comes_again(monkeypatch):
@@ -183,15 +189,10 @@ def test_what_is_read_again_after_the_cache_was_filled_comes_again(monkeypatch):
     assert moved == pytest.approx(kernel.necessary(cache) + 2 * N * D * 4, rel=0.01)
 
 
-# Of kernels and operations at standard shapes, what moves more than ALLOWED times what must move, and how
-# many times. `docs/kernels.md` says why.
-WIDE, TILES = (
-    "8,192 tokens, 128 of 1,048,576, D = 1024, bfloat16",
-    "8,192 tokens, 128 of 1,024, D = 1024, bfloat16",
-)
+# No kernel moves more than ALLOWED times what must move at standard shapes. These operations do, which need
+# something between their kernels; `docs/kernels.md` says what.
+TILES = "8,192 tokens, 128 of 1,024, D = 1024, bfloat16"
 EXCEPTIONS = {
-    (WIDE, "table_rows, (rows, values)"): 1.48,
-    (WIDE, "table_rows, dense"): 1.42,
     (TILES, "**expert_mlp**"): 4.49,
     (TILES, "**expert_mlp and backward**"): 6.42,
     ("2,048 tokens, 8 heads, 16 of 1024 x 1024, d = 64, float32", "**retrieval and backward**"): 3.41,

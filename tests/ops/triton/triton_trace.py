@@ -10,16 +10,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from triton._C.libtriton.ir import CACHE_MODIFIER
 from triton.runtime import interpreter
 
 SECTOR = 32  # bytes that a GPU's memory moves at least
+READS, WRITES, STREAMS = "reads", "writes", "streams"
 
 
 @dataclass
 class Trace:
-    """The accesses of one kernel: tensor, addresses, bytes of each, whether it writes."""
+    """The accesses of one kernel: tensor, addresses, bytes of each, how they pass the cache."""
 
-    accesses: list[tuple[str, np.ndarray, int, bool]] = field(default_factory=list)
+    accesses: list[tuple[str, np.ndarray, int, str]] = field(default_factory=list)
     operations: int = 0  # of its products of matrices, an addition and a multiplication for each pair
 
     def issued(self) -> dict[str, int]:
@@ -32,10 +34,11 @@ class Trace:
     def moved(self, cache: int) -> int:
         """Bytes that pass between memory and a cache that drops what was used longest ago, in sectors.
 
-        A sector comes when it is read, and goes back when it has been written.
+        A sector comes when it is read, and goes back when it has been written: at once where it is streamed.
         """
         held, room, sectors_moved = OrderedDict[int, bool](), cache // SECTOR, 0
-        for _, addresses, size, writes in self.accesses:
+        for _, addresses, size, how in self.accesses:
+            writes = how != READS
             sectors = np.stack([addresses, addresses + np.uint64(size - 1)]) // np.uint64(SECTOR)
             flat = sectors.T.ravel()
             keep = np.ones(len(flat), dtype=bool)
@@ -44,6 +47,9 @@ class Trace:
                 if sector in held:
                     held.move_to_end(sector)
                     held[sector] |= writes
+                    continue
+                if how == STREAMS:
+                    sectors_moved += 1
                     continue
                 sectors_moved += not writes
                 held[sector] = writes
@@ -68,7 +74,7 @@ def record() -> Iterator[dict[str, list[Trace]]]:
     launch, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
     dot = builder.create_dot
 
-    def note(pointers, mask, writes: bool) -> None:
+    def note(pointers, mask, how: str) -> None:
         addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
         addresses = addresses[np.broadcast_to(mask.data, addresses.shape)]
         if len(addresses) == 0:
@@ -78,15 +84,15 @@ def record() -> Iterator[dict[str, list[Trace]]]:
         assert extents[name][0] <= addresses.min(), name
         assert addresses.max() < extents[name][1], name
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        trace.accesses.append((name, addresses.astype(np.uint64), size, writes))
+        trace.accesses.append((name, addresses.astype(np.uint64), size, how))
 
     def recorded_load(self, pointers, mask, *others):
-        note(pointers, mask, writes=False)
+        note(pointers, mask, READS)
         return load(self, pointers, mask, *others)
 
-    def recorded_store(self, pointers, value, mask, *others):
-        note(pointers, mask, writes=True)
-        return store(self, pointers, value, mask, *others)
+    def recorded_store(self, pointers, value, mask, cache_modifier, *others):
+        note(pointers, mask, STREAMS if cache_modifier == CACHE_MODIFIER.CS else WRITES)
+        return store(self, pointers, value, mask, cache_modifier, *others)
 
     def recorded_dot(self, a, b, *others):
         current[-1][0].operations += 2 * a.data.size * b.data.shape[-1]
