@@ -123,6 +123,11 @@ def test_auto_leaves_an_old_triton_alone(version, gpu_machine):
         resolve_backend("triton", "cpu")
 
 
+def test_auto_leaves_a_broken_triton_alone(gpu_machine):
+    gpu_machine.setitem(sys.modules, "triton", None)
+    assert_auto_falls_back("the package triton cannot be imported: ")
+
+
 @pytest.mark.parametrize("version", ["3.4.0", "3.10.0+git1234", "4.0.0"])
 def test_auto_takes_a_newer_triton(version, gpu_machine):
     gpu_machine.setattr(sys.modules["triton"], "__version__", version)

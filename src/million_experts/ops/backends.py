@@ -16,8 +16,8 @@ NAMES = ("auto", "reference", "cpu", "triton")
 # Types of device whose tensors a backend takes; the reference takes all. PyTorch calls AMD's GPUs cuda too.
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",)}
 
-# What the kernels need. `triton.knobs` came with 3.4, which PyTorch 2.8 brings; they are tested with 3.7.1, and
-# compile with 3.4, 3.5 and 3.6. NVIDIA's GPUs have bfloat16 and TF32 from Ampere, 8.0, on.
+# What the kernels need. `triton.knobs` came with 3.4, which PyTorch 2.8 brings; they are tested with 3.7.1,
+# and compile with 3.4, 3.5 and 3.6. NVIDIA's GPUs have bfloat16 and TF32 from Ampere, 8.0, on.
 _OLDEST_TRITON = (3, 4)
 _OLDEST_CAPABILITY = (8, 0)
 
@@ -59,14 +59,16 @@ def _obstacle(name: str) -> str | None:
     return _old_triton() or (None if interpreted() else _old_gpu())
 
 
-# Dynamo shall ask and not follow: package and GPU do not change. `torch.compiler.assume_constant_result` says so
-# too, but would import the compiler with this module.
+# Dynamo shall ask and not follow: package and GPU do not change. `torch.compiler.assume_constant_result` says
+# the same, but would import the compiler with this module.
 _obstacle.__dict__["_dynamo_marked_constant"] = True
 
 
 def _old_triton() -> str | None:
-    import triton  # its distribution has other names on ROCm, so the version is asked of the package itself
-
+    try:
+        import triton  # it says its version itself: on ROCm it may be installed under another name
+    except ImportError as error:
+        return f"the package triton cannot be imported: {error}"
     major, minor = triton.__version__.split(".")[:2]
     if (int(major), int(minor)) >= _OLDEST_TRITON:
         return None
