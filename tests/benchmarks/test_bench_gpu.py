@@ -101,7 +101,7 @@ def test_the_same_winner_twice_is_found_though_scores_are_equal(kernels):
 
 
 def test_a_step_that_leaves_the_table_alone_is_found(kernels):
-    kernels.rowwise_adamw = lambda *_: None
+    kernels.rowwise_adamw = lambda table, *others: reference.rowwise_adamw(table.clone(), *others)
     for shape in SHAPES:
         assert_wrong(measure("row-wise AdamW", shape))
 
