@@ -6,11 +6,13 @@ shows whether the tests themselves work. `tests/ops/triton/test_gpu_suite.py` do
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
+
+from million_experts.ops import available_backends
 
 INTERPRETER = os.environ.get("MILLION_EXPERTS_GPU_TESTS") == "interpreter"
 if INTERPRETER:
@@ -18,15 +20,9 @@ if INTERPRETER:
 
 
 def _obstacle() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if INTERPRETER:
-        return None
-    if not torch.cuda.is_available():
-        return "no GPU that CUDA or ROCm reaches"
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if not INTERPRETER and os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET is set: on a GPU, run `make test-gpu`"
-    return None
+    return available_backends()["triton"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,3 +49,17 @@ def tiny() -> bool:
 
         triton_interpreter.repair()
     return INTERPRETER
+
+
+@pytest.fixture
+def needs_bytes(tiny) -> Callable[[float], None]:
+    """Skips a test for which the GPU has not so many bytes left."""
+
+    def check(count: float) -> None:
+        if tiny:
+            return
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info()[0] < count:
+            pytest.skip(f"needs {count / 2**30:.0f} GiB of the GPU's memory")
+
+    return check

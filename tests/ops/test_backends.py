@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +34,8 @@ def test_auto_takes_one_that_runs():
 
 
 @pytest.mark.parametrize("name", available_backends())
-def test_a_backend_by_name_runs_or_says_why_it_cannot(name):
+def test_a_backend_by_name_runs_or_says_why_it_cannot(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the tensors are the CPU's
     reason = available_backends()[name]
     calls = (
         lambda: resolve_backend(name),
@@ -68,7 +71,10 @@ def gpu_machine(monkeypatch):
     """As if there were a GPU, and Triton to run on it."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=8, minor=0))
     monkeypatch.delitem(backends._UNAVAILABLE, "triton", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.7.1"))
     return monkeypatch
 
 
@@ -100,7 +106,64 @@ def test_why_triton_does_not_run(gpu_machine):
         resolve_backend("triton", "cuda")
 
 
-def test_an_old_triton_is_named_as_the_reason(gpu_machine):
+def assert_auto_falls_back(reason: str) -> None:
+    assert re.match(reason, available_backends()["triton"])
+    assert resolve_backend("auto", "cuda") == "reference"
+    with pytest.raises(BackendError, match=f"backend 'triton' cannot run here: {reason}.*; backends"):
+        resolve_backend("triton", "cuda")
+
+
+@pytest.mark.parametrize("version", ["3.3.1", "2.3.0", "3.3.1+gitabc"])
+def test_auto_leaves_an_old_triton_alone(version, gpu_machine):
+    gpu_machine.setattr(sys.modules["triton"], "__version__", version)
+    assert_auto_falls_back(
+        rf"the kernels need triton 3\.4 or newer \(PyTorch 2\.8 brings it\), got {re.escape(version)}"
+    )
+    gpu_machine.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(BackendError, match=r"need triton 3\.4 or newer"):
+        resolve_backend("triton", "cpu")
+
+
+def test_auto_leaves_a_broken_triton_alone(gpu_machine):
+    gpu_machine.setitem(sys.modules, "triton", None)
+    assert_auto_falls_back("the package triton cannot be imported: ")
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.10.0+git1234", "4.0.0"])
+def test_auto_takes_a_newer_triton(version, gpu_machine):
+    gpu_machine.setattr(sys.modules["triton"], "__version__", version)
+    assert resolve_backend("auto", "cuda") == "triton"
+
+
+@pytest.mark.parametrize(("major", "minor"), [(7, 5), (6, 1)])
+def test_auto_leaves_an_old_gpu_alone(major, minor, gpu_machine):
+    old = SimpleNamespace(major=major, minor=minor, name="Old")
+    gpu_machine.setattr(torch.cuda, "get_device_properties", lambda _: old)
+    assert_auto_falls_back(
+        rf"the kernels need a GPU of compute capability 8\.0 or higher, got {major}\.{minor} \(Old\)"
+    )
+    gpu_machine.setattr(torch.version, "hip", "6.4")  # AMD's GPUs are counted otherwise
+    assert resolve_backend("auto", "cuda") == "triton"
+
+
+def test_compiled_code_may_ask_for_the_backend(monkeypatch):
+    """Every operation does. Only `backends` believes in the GPU here, Dynamo does not."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        current_device=lambda: 0,
+        get_device_properties=lambda _: SimpleNamespace(major=9, minor=0),
+    )
+    monkeypatch.setattr(backends, "torch", SimpleNamespace(cuda=cuda, version=torch.version))
+
+    def choose(x):
+        return x + (1 if resolve_backend("auto", "cuda") == "triton" else 2)
+
+    assert torch.compile(choose, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+
+
+def test_a_triton_that_lacks_something_is_named_as_the_reason(gpu_machine):
     gpu_machine.setattr(backends, "_IMPLEMENTATIONS", {"reference": None})
 
     def fail(name):

@@ -3,17 +3,18 @@
     python -m million_experts.benchmarks.gpu
 
 `make bench-gpu` runs this. Each operation is compared with the reference on the same GPU first: a wrong one
-is not timed, and the command fails. Beside its time stands the least time that the bytes allow which it must
-move, at the bandwidth of a large copy on this GPU: each tensor once, and of the table the rows that were
-picked.
+is not timed, and the command fails. One that does not fit in the GPU's memory is left out. Beside its time
+stands the least time that the bytes allow which it must move, at the bandwidth of a large copy on this GPU:
+each tensor once, and of the table the rows that were picked.
 """
 
 import argparse
-import importlib.metadata
+import functools
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,10 +25,15 @@ import million_experts
 from million_experts.benchmarks.machine import describe
 from million_experts.benchmarks.timing import interleave, summarise
 from million_experts.ops import available_backends
-from million_experts.ops.backends import implementation
+from million_experts.ops.backends import implementation, interpreted
 
-# Largest difference from the reference, relative to the largest number. Both round a sum once.
+# Largest difference of a result from the reference's, relative to the largest number, by the result's type.
+# float32 holds sums of the same products in another order, and where the inputs are bfloat16 the products are
+# exact. bfloat16 is such a sum rounded once: a step of 2**-7 at most. Whole numbers are the same.
 ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+
+# Numbers that are compared at a time: a whole table in float64 would be larger than many GPUs.
+COMPARED = 2**24
 
 
 @dataclass(frozen=True)
@@ -63,96 +69,176 @@ SHAPES = (
 TINY = (Shape(3, 5, 20, torch.float32, H=2, k=3, d=4),)
 
 
+Results = tuple[Tensor, ...]
+
+
 @dataclass(frozen=True)
 class Part:
-    """One operation at one shape: `run(backend)` returns its results; the bytes that it must move."""
+    """One operation at one shape: `run(backend)` returns its results; the bytes that it must move.
 
-    name: str
-    run: Callable[[str], tuple[Tensor, ...]]
+    `compared` makes of the results what has to agree with the reference's.
+    """
+
+    run: Callable[[str], Results]
     necessary_bytes: int
+    compared: Callable[..., Results] = lambda *results: results
 
 
-def parts(shape: Shape, device: torch.device) -> Iterator[Part]:
-    """The operations of a layer of that shape, with inputs drawn anew for each shape."""
-    generator = torch.Generator(device).manual_seed(0)
+class Draw:
+    """Random tensors of a shape's type, the same at every call of a part."""
+
+    def __init__(self, shape: Shape, device: torch.device):
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.options: dict[str, Any] = {"device": device, "generator": self.generator}
+        self.dtype = shape.dtype
+
+    def __call__(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(sizes, dtype=dtype or self.dtype, **self.options)
+
+    def picks(self, shape: Shape) -> Tensor:
+        """Uniform picks, the worst case: real tokens share more experts."""
+        return torch.randint(0, shape.n**2, (shape.T, shape.H * shape.k), **self.options)
+
+
+def retrieval(backward: bool, shape: Shape, device: torch.device) -> Part:
+    """Retrieval forward, or the gradient of its scores."""
+    draw = Draw(shape, device)
+    n, k = shape.n, shape.k
+    query, *keys = draw(shape.T, shape.H, 2, shape.d), draw(n, shape.d), draw(n, shape.d)
+    scores, picks = implementation("reference").product_key_topk(query, *keys, k)
+    necessary = _bytes(query, *keys, scores, picks)
+    if backward:
+        grad_scores = draw(*scores.shape, dtype=torch.float32)
+        return Part(
+            lambda backend: implementation(backend).product_key_topk_backward(
+                grad_scores, picks, query, *keys
+            ),
+            necessary + _bytes(query, *keys),
+        )
+    return Part(
+        lambda backend: implementation(backend).product_key_topk(query, *keys, k),
+        necessary,
+        # Of equal scores either's expert will do: the experts are compared by their scores.
+        lambda scores, picks: (scores, scores_at(picks, query, *keys)),
+    )
+
+
+def scores_at(picks_THk: Tensor, query: Tensor, keys1: Tensor, keys2: Tensor) -> Tensor:
+    """[T, H, k] float32: scores of the picked experts; NaN for what is none, or is picked twice."""
+    n1, n2 = len(keys1), len(keys2)
+    ordered, order = picks_THk.sort(-1)
+    again = torch.zeros_like(picks_THk, dtype=torch.bool)
+    again.scatter_(-1, order[..., 1:], ordered[..., 1:] == ordered[..., :-1])
+    wrong = again | (picks_THk < 0) | (picks_THk >= n1 * n2)
+    picks_THk = picks_THk.where(~wrong, 0)
+    scores = torch.empty(picks_THk.shape, device=query.device)
+    some = max(1, COMPARED // max(1, query[:1].numel() * picks_THk.shape[-1]))
+    for out, picks, part in zip(scores.split(some), picks_THk.split(some), query.split(some), strict=True):
+        halves = keys1[picks // n2], keys2[picks % n2]
+        torch.add(
+            *((half.float() * part[:, :, i, None].float()).sum(-1) for i, half in enumerate(halves)), out=out
+        )
+    return scores.where(~wrong, math.nan)
+
+
+def experts(kind: str, shape: Shape, device: torch.device) -> Part:
+    """The experts forward, backward to the touched rows, or backward to all of the table."""
+    draw = Draw(shape, device)
     T, D, K, N, R = shape.T, shape.D, shape.H * shape.k, shape.n**2, shape.R
-
-    def draw(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator, device=device, dtype=shape.dtype)
-
-    query, keys1, keys2 = draw(T, shape.H, 2, shape.d), draw(shape.n, shape.d), draw(shape.n, shape.d)
-    scores, picks = implementation("reference").product_key_topk(query, keys1, keys2, shape.k)
-    grad_scores = torch.randn(scores.shape, generator=generator, device=device)
-    of_retrieval = _bytes(query, keys1, keys2, scores, picks)
-    yield Part(
-        "retrieval, forward",
-        # Of equal scores either's expert will do: the scores are compared.
-        lambda backend: implementation(backend).product_key_topk(query, keys1, keys2, shape.k)[:1],
-        of_retrieval,
-    )
-    yield Part(
-        "retrieval, backward",
-        lambda backend: implementation(backend).product_key_topk_backward(
-            grad_scores, picks, query, keys1, keys2
-        ),
-        of_retrieval + _bytes(query, keys1, keys2),
-    )
-
-    x, grad_y, gates, experts = draw(T, D), draw(T, D), draw(T, K) / K**0.5, draw(N, R, D) / D**0.5
-    # Uniform picks, the worst case: real tokens share more experts.
-    indices = torch.randint(0, N, (T, K), generator=generator, device=device)
+    x, grad_y, gates, table = draw(T, D), draw(T, D), draw(T, K) / K**0.5, draw(N, R, D).div_(D**0.5)
+    indices = draw.picks(shape)
     rows = indices.unique()
-    pre = implementation("reference").expert_mlp(x, indices, gates, experts, "gelu")[1]
-    expert = R * D * shape.dtype.itemsize
-    read = _bytes(x, indices, gates, pre) + len(rows) * expert
-    arguments = grad_y, x, indices, gates, experts, pre, "gelu", True, True
-    yield Part(
-        "experts, forward",
-        lambda backend: implementation(backend).expert_mlp(x, indices, gates, experts, "gelu"),
-        read + _bytes(x),
-    )
-    yield Part(
-        "experts, backward to the touched rows",
-        lambda backend: implementation(backend).expert_mlp_backward_touched(*arguments),
-        read + _bytes(grad_y, x, gates, rows) + len(rows) * expert,
-    )
-    yield Part(
-        "experts, backward, dense",
+    pre = implementation("reference").expert_mlp(x, indices, gates, table, "gelu")[1]
+    touched = len(rows) * table[0].nbytes
+    read = _bytes(x, indices, gates, pre) + touched
+    if kind == "forward":
+        return Part(
+            lambda backend: implementation(backend).expert_mlp(x, indices, gates, table, "gelu"),
+            read + _bytes(x),
+        )
+    arguments = grad_y, x, indices, gates, table, pre, "gelu", True, True
+    if kind == "touched":
+        return Part(
+            lambda backend: implementation(backend).expert_mlp_backward_touched(*arguments),
+            read + _bytes(grad_y, x, gates, rows) + touched,
+        )
+    return Part(
         lambda backend: implementation(backend).expert_mlp_backward(*arguments, True),
-        read + _bytes(grad_y, x, gates, experts),
+        read + _bytes(grad_y, x, gates, table),
     )
-    history = torch.zeros(3, 3, dtype=torch.float64, device=device)
+
+
+def adamw(shape: Shape, device: torch.device) -> Part:
+    """A step of row-wise AdamW, with a second moment by row."""
+    draw = Draw(shape, device)
+    N, R, D = shape.n**2, shape.R, shape.D
+    table = draw(N, R, D).div_(D**0.5)
+    rows = draw.picks(shape).unique()
     values = draw(len(rows), R, D)
+    history = torch.zeros(3, 3, dtype=torch.float64, device=device)
     state = {
         backend: (
-            experts.clone(),
-            torch.zeros_like(experts),
-            torch.zeros(N, R, device=device),  # a second moment a row
+            own,
+            torch.zeros_like(own),
+            torch.zeros(N, R, device=device),
             torch.zeros(N, dtype=torch.int32, device=device),
         )
-        for backend in ("triton", "reference")  # which change it in place
+        for backend, own in (("triton", table), ("reference", table.clone()))  # which change it in place
     }
 
-    def adamw(backend: str) -> tuple[Tensor, ...]:
-        options = 1e-3, (0.9, 0.99), 1e-8, 0.1, None
+    def step(backend: str) -> Results:
+        options = 0.1, (0.9, 0.99), 1e-8, 0.1, None  # a step that bfloat16's tolerance does not hide
         implementation(backend).rowwise_adamw(*state[backend], history, 1, rows, values, None, None, *options)
         return state[backend]
 
-    small = len(rows) * (R * 4 + 4)
-    yield Part("row-wise AdamW", adamw, 5 * len(rows) * expert + 2 * small)
+    # The rows of table, momentum and gradient; the second moment of a row; the step of an expert.
+    return Part(step, len(rows) * (5 * table[0].nbytes + 2 * (R * 4 + 4)))
+
+
+#: How each operation is prepared at a shape, with inputs of its own: one that does not fit costs no other.
+PARTS: dict[str, Callable[[Shape, torch.device], Part]] = {
+    "retrieval, forward": functools.partial(retrieval, False),
+    "retrieval, backward": functools.partial(retrieval, True),
+    "experts, forward": functools.partial(experts, "forward"),
+    "experts, backward to the touched rows": functools.partial(experts, "touched"),
+    "experts, backward, dense": functools.partial(experts, "dense"),
+    "row-wise AdamW": adamw,
+}
 
 
 def _bytes(*tensors: Tensor) -> int:
     return sum(t.nbytes for t in tensors)
 
 
-def _error(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+def compare(actual: Results, expected: Results) -> tuple[float, str | None]:
+    """The largest error of some results, and what is wrong with them, if anything is."""
     worst = 0.0
-    for one, right in zip(actual, expected, strict=True):
-        if right.numel():
-            scale = max(right.abs().max().item(), 1e-30)
-            worst = max(worst, (one.double() - right.double()).abs().max().item() / scale)
-    return worst
+    for i, (one, right) in enumerate(zip(actual, expected, strict=True)):
+        error, allowed = _error(one, right), ALLOWED.get(right.dtype, 0.0)
+        if error > allowed:
+            return error, (
+                f"result {i}, {right.dtype} {list(right.shape)}, is {error:.2g} of the largest number away "
+                f"from the reference, allowed {allowed:.2g}"
+            )
+        worst = max(worst, error)
+    return worst, None
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest number; infinite if anything is not finite."""
+    if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
+        return math.inf
+    difference, scale = 0.0, 1e-30
+    for one, right in zip(_pieces(actual), _pieces(expected), strict=True):
+        apart = (one.double() - right.double()).abs().max().item()
+        if not math.isfinite(apart):  # `max` would pass over NaN
+            return math.inf
+        difference, scale = max(difference, apart), max(scale, right.abs().max().item())
+    return difference / scale
+
+
+def _pieces(tensor: Tensor) -> Iterable[Tensor]:
+    return tensor.reshape(-1).split(COMPARED) if tensor.numel() else ()
 
 
 def _timed(run: Callable[[], Any], device: torch.device, litter: Tensor) -> float:
@@ -177,33 +263,47 @@ def _bandwidth(device: torch.device, size: int) -> float:
 
 
 def measure(
-    shape: Shape, device: torch.device, bandwidth: float, repetitions: int
-) -> Iterator[dict[str, Any]]:
-    """A row for each operation: seconds by the kernels and by the reference, in turns, and the roofline."""
+    shape: Shape,
+    prepare: Callable[[Shape, torch.device], Part],
+    device: torch.device,
+    bandwidth: float,
+    repetitions: int,
+) -> dict[str, Any]:
+    """Of one operation: seconds by the kernels and by the reference, in turns, and the roofline.
+
+    `status` says whether that is "timed", or else "wrong", "failed" or "out of memory".
+    """
+    row: dict[str, Any]
+    try:
+        return _measure(prepare(shape, device), device, bandwidth, repetitions)
+    except torch.OutOfMemoryError:
+        row = {"status": "out of memory"}
+    except Exception as error:  # a kernel that this GPU refuses must not cost what others took
+        row = {"status": "failed", "fault": f"{type(error).__name__}: {error}"}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def _measure(part: Part, device: torch.device, bandwidth: float, repetitions: int) -> dict[str, Any]:
+    error, fault = compare(*(part.compared(*part.run(backend)) for backend in ("triton", "reference")))
+    row = {"necessary_bytes": part.necessary_bytes, "error": error if math.isfinite(error) else None}
+    if fault is not None:
+        return row | {"status": "wrong", "fault": fault}
     litter = torch.empty(2**10 if device.type == "cpu" else 2**28, dtype=torch.uint8, device=device)
-    for part in parts(shape, device):
-        error = _error(part.run("triton"), part.run("reference"))
-        row = {
-            "shape": shape.name,
-            "part": part.name,
-            "error": error,
-            "necessary_bytes": part.necessary_bytes,
-        }
-        if not error <= ALLOWED[shape.dtype]:  # NaN included
-            yield row | {"fault": f"differs from the reference by more than {ALLOWED[shape.dtype]}"}
-            continue
-        runs = {
-            backend: lambda _, b=backend, p=part: _timed(lambda: p.run(b), device, litter)
-            for backend in ("triton", "reference")
-        }
-        seconds = {name: asdict(summarise(taken)) for name, taken in interleave(runs, repetitions, 5.0)}
-        least = part.necessary_bytes / bandwidth
-        yield row | {
-            "seconds": seconds["triton"],
-            "reference_seconds": seconds["reference"],
-            "roofline_seconds": least,
-            "share_of_roofline": least / seconds["triton"]["median"],
-        }
+    runs = {
+        backend: lambda _, b=backend: _timed(lambda: part.run(b), device, litter)
+        for backend in ("triton", "reference")
+    }
+    seconds = {name: asdict(summarise(taken)) for name, taken in interleave(runs, repetitions, 5.0)}
+    least = part.necessary_bytes / bandwidth
+    return row | {
+        "status": "timed",
+        "seconds": seconds["triton"],
+        "reference_seconds": seconds["reference"],
+        "roofline_seconds": least,
+        "share_of_roofline": least / seconds["triton"]["median"],
+    }
 
 
 def chosen_configurations() -> dict[str, dict[str, str]]:
@@ -221,41 +321,40 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, also in Triton's interpreter")
     parser.add_argument("--repetitions", type=int, default=30)
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu" if interpreted() else "cuda")
     reason = available_backends()["triton"]
-    if reason is None and device.type == "cpu" and not options.tiny:
-        reason = "no GPU that CUDA or ROCm reaches; Triton's interpreter is too slow for these shapes"
+    if reason is None and interpreted() and not options.tiny:
+        reason = "Triton's interpreter is too slow for these shapes: --tiny, or without TRITON_INTERPRET"
     if reason is not None:
         print(f"bench-gpu: {reason}", file=sys.stderr)
         return 1
+    import triton  # present, or there would be a reason
+
     bandwidth = _bandwidth(device, 2**20 if options.tiny else 2**30)
     rows = []
     for shape in TINY if options.tiny else SHAPES:
-        try:
-            for row in measure(shape, device, bandwidth, 3 if options.tiny else options.repetitions):
-                rows.append(row)
-                print(_line(row), flush=True)
-        except torch.cuda.OutOfMemoryError:
-            rows.append({"shape": shape.name, "fault": "does not fit in the memory of this GPU"})
+        for name, prepare in PARTS.items():
+            measured = measure(shape, prepare, device, bandwidth, 3 if options.tiny else options.repetitions)
+            rows.append({"shape": shape.name, "part": name} | measured)
             print(_line(rows[-1]), flush=True)
     machine = describe()
     result = {
         "gpu": _gpu(device),
         "commit": machine["commit"],
         "dirty": machine["dirty"],
-        "versions": machine["versions"] | {"triton": importlib.metadata.version("triton")},
+        "versions": machine["versions"] | {"triton": triton.__version__},
         "bandwidth_bytes_per_second": bandwidth,
         "rows": rows,
         "configurations": chosen_configurations(),
     }
-    print(f"\nPaste this into an issue:\n\n```json\n{json.dumps(result, indent=1)}\n```")
+    print(f"\nPaste this into an issue:\n\n```json\n{json.dumps(result, indent=1, allow_nan=False)}\n```")
     return 1 if any("fault" in row for row in rows) else 0
 
 
 def _line(row: dict[str, Any]) -> str:
-    head = f"{row['shape']:55} {row.get('part', ''):38}"
-    if "fault" in row:
-        return f"{head} {row['fault']}"
+    head = f"{row['shape']:55} {row['part']:38}"
+    if row["status"] != "timed":
+        return f"{head} {row['status']}{': ' if 'fault' in row else ''}{row.get('fault', '')}"
     median, other = row["seconds"]["median"], row["reference_seconds"]["median"]
     return (
         f"{head} {median * 1e6:10.1f} us, {row['share_of_roofline']:4.0%} of what the memory allows, "

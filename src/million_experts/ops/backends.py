@@ -16,6 +16,11 @@ NAMES = ("auto", "reference", "cpu", "triton")
 # Types of device whose tensors a backend takes; the reference takes all. PyTorch calls AMD's GPUs cuda too.
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",)}
 
+# What the kernels need. `triton.knobs` came with 3.4, which PyTorch 2.8 brings; they are tested with 3.7.1,
+# and compile with 3.4, 3.5 and 3.6. NVIDIA's GPUs have bfloat16 and TF32 from Ampere, 8.0, on.
+_OLDEST_TRITON = (3, 4)
+_OLDEST_CAPABILITY = (8, 0)
+
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference}
 _UNAVAILABLE: dict[str, str] = {}
 if importlib.util.find_spec("million_experts.ops._kernels") is None:
@@ -44,15 +49,48 @@ def available_backends() -> dict[str, str | None]:
 
 
 def _obstacle(name: str) -> str | None:
-    if name == "triton" and name not in _UNAVAILABLE and not (_interpreted() or torch.cuda.is_available()):
+    if name in _UNAVAILABLE or name != "triton":
+        return _UNAVAILABLE.get(name)
+    if not (interpreted() or torch.cuda.is_available()):
         return (
             "no GPU that CUDA or ROCm reaches; with TRITON_INTERPRET=1 in the environment the CPU interprets "
             "the kernels, very slowly"
         )
-    return _UNAVAILABLE.get(name)
+    return _old_triton() or (None if interpreted() else _old_gpu())
 
 
-def _interpreted() -> bool:
+# Dynamo shall ask and not follow: package and GPU do not change. `torch.compiler.assume_constant_result` says
+# the same, but would import the compiler with this module.
+_obstacle.__dict__["_dynamo_marked_constant"] = True
+
+
+def _old_triton() -> str | None:
+    try:
+        import triton  # it says its version itself: on ROCm it may be installed under another name
+    except ImportError as error:
+        return f"the package triton cannot be imported: {error}"
+    major, minor = triton.__version__.split(".")[:2]
+    if (int(major), int(minor)) >= _OLDEST_TRITON:
+        return None
+    least = ".".join(map(str, _OLDEST_TRITON))
+    return f"the kernels need triton {least} or newer (PyTorch 2.8 brings it), got {triton.__version__}"
+
+
+def _old_gpu() -> str | None:
+    if torch.version.hip is not None:
+        return None
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if (gpu.major, gpu.minor) >= _OLDEST_CAPABILITY:
+        return None
+    least = ".".join(map(str, _OLDEST_CAPABILITY))
+    return (
+        f"the kernels need a GPU of compute capability {least} or higher, got {gpu.major}.{gpu.minor} "
+        f"({gpu.name})"
+    )
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run on the CPU, in its interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -66,7 +104,7 @@ def resolve_backend(backend: str, device: str = "cpu") -> str:
     check_choice("backend", backend, NAMES)
     if backend == "auto":
         fastest = "triton" if device == "cuda" else "cpu"
-        if fastest == "triton" and _interpreted():  # that is for whoever asks for it by name
+        if fastest == "triton" and interpreted():  # that is for whoever asks for it by name
             return "reference"
         return fastest if _obstacle(fastest) is None and _takes(fastest, device) else "reference"
     reason = _obstacle(backend)
@@ -82,7 +120,7 @@ def _takes(name: str, device: str) -> bool:
     # A meta tensor has no data: every backend only says which shape it would give.
     if name == "reference" or device in ("meta", *_DEVICES[name]):
         return True
-    return name == "triton" and device == "cpu" and _interpreted()
+    return name == "triton" and device == "cpu" and interpreted()
 
 
 def implementation(backend: str) -> ModuleType:

@@ -52,6 +52,12 @@ def test_without_a_gpu_the_benchmark_ends_with_a_reason():
     assert done.stderr.strip().splitlines()[-1].startswith("bench-gpu: no GPU that CUDA or ROCm reaches")
 
 
+def test_in_the_interpreter_the_benchmark_takes_tiny_shapes_alone():
+    done = run("-m", "million_experts.benchmarks.gpu", TRITON_INTERPRET="1")
+    assert done.returncode == 1
+    assert "interpreter is too slow for these shapes: --tiny, or without TRITON_INTERPRET" in done.stderr
+
+
 def test_the_benchmark_ends_in_a_json_block():
     script = (
         "import sys, triton_interpreter; triton_interpreter.repair(); "
@@ -63,8 +69,11 @@ def test_the_benchmark_ends_in_a_json_block():
     block = done.stdout.rpartition("```json\n")[2].partition("\n```")[0]
     result = json.loads(block)
     assert {"gpu", "versions", "commit", "bandwidth_bytes_per_second", "rows"} <= set(result)
+    assert result["gpu"] == {"name": "none: Triton's interpreter"}  # also where there is one
+    assert len(result["rows"]) == 6
     for row in result["rows"]:
+        assert row["status"] == "timed"
         assert row["seconds"]["median"] > 0
-        assert row["error"] < 0.01
+        assert row["error"] <= 2e-5
         assert row["necessary_bytes"] > 0
         assert row["share_of_roofline"] > 0
