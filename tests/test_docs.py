@@ -151,7 +151,7 @@ def test_the_extras_that_are_named_exist():
                 assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE), extra
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/decisions.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/decisions.md", "docs/kernels.md", "CHANGELOG.md"])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
         if target.startswith("http"):
@@ -182,6 +182,25 @@ def test_the_readmes_figures_are_those_of_the_committed_run():
     minutes = results["training_seconds"] / 60
     assert "in ten to twelve minutes" in readme
     assert 10 < minutes < 12
+
+
+def test_the_readmes_figures_of_a_million_experts_are_those_of_the_committed_run():
+    results = json.loads((ROOT / "docs/results/million/results.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    start = readme.index("`million-experts train --preset million`")
+    text = readme[start : readme.index("\n\n", start)]
+    bigram = results["yardsticks"]["interpolated bigram"]
+    (usage,) = results["expert_usage"].values()
+    for figure in (
+        results["parameters"]["label"],
+        f"{results['steps']}\nsteps of {results['tokens_per_step']:,} tokens",
+        f"{results['training_seconds'] / 60:.0f} minutes",
+        f"{max(entry.get('memory_gb', 0) for entry in results['history']):.1f} GB",
+        f"{results['test']['bits_per_byte']:.3f} bits per byte",
+        f"{bigram['bits_per_byte']:.3f}",
+        f"{usage['usage']:.0%}".replace("%", " %"),
+    ):
+        assert figure in text, figure
 
 
 @pytest.mark.slow

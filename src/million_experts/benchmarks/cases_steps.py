@@ -135,7 +135,7 @@ def _s4() -> Case:
 
 
 def _s5() -> Case:
-    """The model of the preset `million`, and the same with a dense feed-forward in place of the experts."""
+    """The model of the preset `million` with two moments an element, and its twin with a dense layer."""
     shape = {
         "tokens": 4096,
         "context": 512,
