@@ -401,9 +401,7 @@ def tile_mix(T: int, N: int, D: int, slots: int, table: int, out: int) -> Kernel
 
 def table_parts_of_tiles(T: int, N: int, D: int) -> int:
     """Sums in which `ByTiles.table_gradient` splits the tokens."""
-    programs = _split(N, by_tiles.TILE_EXPERTS) * _split(D, by_tiles.TILE_COLUMNS)
-    each = _split(_split(T, by_tiles.DEPTH), max(1, by_tiles.ENOUGH_PROGRAMS // programs)) * by_tiles.DEPTH
-    return _split(T, each)
+    return _split(T, by_tiles.tokens_of_a_part(T, N, D))
 
 
 def tile_table(T: int, N: int, D: int, x: int) -> Kernel:
@@ -457,8 +455,7 @@ def topk(s: Retrieval) -> Kernel:
     """`topk_kernel`."""
     k = 1 << max(1, (s.k - 1).bit_length())
     wide = s.query != s.keys or s.query == SUM
-    whole = s.d <= (32 if wide and k > 32 else 128)  # a query half is kept while it meets the sub-keys
-    block_n = max(64 if whole else 32, k)
+    whole, block_n, block_d = retrieval.blocks(s.d, k, wide)
     programs = _split(s.T * s.H, retrieval.BLOCK_Q)
     rounds = _split(s.n1, block_n) + _split(s.n2, block_n)
     accesses: Accesses = [
@@ -469,8 +466,7 @@ def topk(s: Retrieval) -> Kernel:
         Stream("indices", s.selections * INDEX),
     ]
     queries = programs * retrieval.BLOCK_Q
-    depth = retrieval._columns(s.d, 128) if whole else _up(s.d, 32)
-    products = 2 * queries * rounds * block_n * depth
+    products = 2 * queries * rounds * block_n * _up(s.d, block_d)
     # 64 bits in units of 32: two instructions to compare, two to select.
     sorting = 4 * queries * rounds * _sorting(block_n, k)
     return Kernel(accesses, {"float32" if wide else "narrow": products, "integer": sorting})
@@ -478,7 +474,7 @@ def topk(s: Retrieval) -> Kernel:
 
 def query_grad(s: Retrieval, indices: np.ndarray, grads: int) -> Kernel:
     """`query_grad_kernel` for winners `indices` [T, H, k]."""
-    block_q, block_d = 8, retrieval._columns(s.d, 64)
+    block_q, block_d = retrieval.GRAD_QUERIES, retrieval._columns(s.d, retrieval.GRAD_COLUMNS)
     chunks = _split(s.d, block_d)
     accesses: Accesses = [
         Stream("grad_scores", s.selections * grads, chunks),
@@ -493,7 +489,8 @@ def query_grad(s: Retrieval, indices: np.ndarray, grads: int) -> Kernel:
 
 def key_parts(s: Retrieval, order: np.ndarray, counts: np.ndarray, grads: int) -> Kernel:
     """`key_parts_kernel` for selections in sorted `order`, `counts` of them of each sub-key."""
-    part, block_p, block_d = retrieval.PART, 16, retrieval._columns(s.d, 64)
+    part, block_p = retrieval.PART, retrieval.GRAD_SELECTIONS
+    block_d = retrieval._columns(s.d, retrieval.GRAD_COLUMNS)
     chunks, used = _split(s.d, block_d), int(np.sum(-(-counts // part)))
     most = len(order) // part + min(len(counts), len(order))
     scores = order // (2 * s.k) * s.k + order % s.k
@@ -512,7 +509,7 @@ def key_parts(s: Retrieval, order: np.ndarray, counts: np.ndarray, grads: int) -
 
 def key_sum(s: Retrieval, counts: np.ndarray) -> Kernel:
     """`key_sum_kernel`."""
-    block_d, M = retrieval._columns(s.d, 64), len(counts)
+    block_d, M = retrieval._columns(s.d, retrieval.GRAD_COLUMNS), len(counts)
     chunks, used = _split(s.d, block_d), int(np.sum(-(-counts // retrieval.PART)))
     accesses: Accesses = [
         Stream("parts", used * s.d * SUM),

@@ -2,8 +2,9 @@
 
 Shapes as in `reference`. Where a tile's tokens share experts enough, all tokens meet all experts: three
 matrix products, of which what was picked is kept. Between them and the pairs stands a matrix [tokens, N], for
-so many tokens at a time that it fits in SCRATCH_BYTES. Sizes of tiles fix the order of every sum;
-configurations that are tried out do not change them.
+so many tokens at a time that it fits in SCRATCH_BYTES. Configurations that are tried out do not change the
+sizes of tiles, and so move no sum of ours; whether the bits of a tile's product follow from its sizes alone,
+only a GPU can tell (`tests/gpu`).
 
 What is not finite stays with the tokens and experts that it belongs to, though a product with zero would
 spread it over a tile: where a row that enters a sum holds such a value, it enters as zeros, and the weights
@@ -202,6 +203,12 @@ def precision() -> str:
     return "tf32x3"  # NVIDIA's take 11 bits a factor: each factor is cut in two, for three products
 
 
+def tokens_of_a_part(T: int, N: int, D: int) -> int:
+    """Tokens that a program of `tile_table_kernel` sums over."""
+    programs = triton.cdiv(N, TILE_EXPERTS) * triton.cdiv(D, TILE_COLUMNS)
+    return triton.cdiv(triton.cdiv(T, DEPTH), max(1, ENOUGH_PROGRAMS // programs)) * DEPTH
+
+
 class ByTiles:
     """All tokens meet all experts, those that they picked and those that they did not."""
 
@@ -266,8 +273,7 @@ class ByTiles:
             for slot, of_row in enumerate(weights):
                 dense, source = self._spread(of_row, tokens), (grad_y if slot == 1 else x)[tokens]
                 T = len(dense)
-                steps = triton.cdiv(T, DEPTH)
-                each = triton.cdiv(steps, max(1, ENOUGH_PROGRAMS // programs)) * DEPTH
+                each = tokens_of_a_part(T, N, D)
                 parts = weights.new_empty(triton.cdiv(T, each), N, D)
                 tile_table_kernel[(len(parts) * programs,)](
                     source, dense, parts, T, N, D, each,

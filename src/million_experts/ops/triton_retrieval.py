@@ -26,8 +26,18 @@ BLOCK_Q = 16
 # Selections of one sub-key that a program sums. Fixed, because the order of summation follows from it.
 PART = 512
 
+# Other blocks of backward: columns of a program, queries of one of `query_grad_kernel`, and selections
+# that one of `key_parts_kernel` takes at a time, on which the order of summation depends as well.
+GRAD_COLUMNS = 64
+GRAD_QUERIES = 8
+GRAD_SELECTIONS = 16
 
-# Warps and stages move no sum into another order: whatever is chosen, the bits are the same.
+# Columns of a query half that is kept while it meets the sub-keys; a deeper one comes in slices.
+MOST_WHOLE = 128
+SLICE = 32
+
+# Warps and stages alone, so that no sum of ours moves. Whether the bits of a product of matrices do, only a
+# GPU can tell (`tests/gpu`).
 TOPK_CONFIGS = [
     triton.Config({}, num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (2, 3)
 ]
@@ -243,6 +253,16 @@ def _columns(d: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(d)))
 
 
+def blocks(d: int, k_padded: int, wide: bool) -> tuple[bool, int, int]:
+    """WHOLE, BLOCK_N and BLOCK_D of `topk_kernel`.
+
+    A deeper codebook comes in thin slices: wide ones, and masks of a depth that is no multiple of 16, do not
+    fit in registers beside the best k.
+    """
+    whole = d <= (SLICE if (wide or d % 16) and k_padded > 32 else MOST_WHOLE)
+    return whole, max(64 if whole else 32, k_padded), _columns(d, MOST_WHOLE) if whole else SLICE
+
+
 def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `million_experts.ops.product_key_topk`."""
     if not _taken(k, query, keys1, keys2):
@@ -261,9 +281,7 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
     if k_padded > 32 and query.dtype != keys1.dtype:  # to widen on the way takes a register too many on AMD
         query, keys1, keys2 = query.float(), keys1.float(), keys2.float()
     wide = query.dtype != keys1.dtype or query.dtype == torch.float32
-    # A deeper codebook comes in thin slices: wide ones, and masks of a depth that is no multiple of 16, do
-    # not fit in registers beside the best k.
-    whole = d <= (32 if (wide or d % 16) and k_padded > 32 else 128)
+    whole, block_n, block_d = blocks(d, k_padded, wide)
     with device_of(query):
         topk_kernel[triton.cdiv(rows, BLOCK_Q), codebooks](
             query, keys1, keys2, scores, indices, rows, H, *query.stride()[:3], keys1.shape[-2],
@@ -271,8 +289,7 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
             PER_HEAD=codebooks != 1 or keys1.dim() == 3,
             WIDE=wide,
             K_PADDED=k_padded, LOG_K=k_padded.bit_length() - 1,
-            BLOCK_Q=BLOCK_Q, BLOCK_N=max(64 if whole else 32, k_padded),
-            BLOCK_D=_columns(d, 128) if whole else 32, WHOLE=whole,
+            BLOCK_Q=BLOCK_Q, BLOCK_N=block_n, BLOCK_D=block_d, WHOLE=whole,
             **registers(),
         )  # fmt: skip
     return scores, indices
@@ -398,12 +415,12 @@ def product_key_topk_backward(
     if T * H == 0 or d == 0:
         return grad_query, grad_keys1.zero_(), grad_keys2.zero_()
     per_head = keys1.dim() == 3
-    block_d = _columns(d, 64)
+    block_d = _columns(d, GRAD_COLUMNS)
     chunks = triton.cdiv(d, block_d)
     with device_of(query):
-        query_grad_kernel[(triton.cdiv(T * H, 8) * chunks,)](
+        query_grad_kernel[(triton.cdiv(T * H, GRAD_QUERIES) * chunks,)](
             grad_scores, indices, keys1, keys2, grad_query, T * H, H, n1, n2, d, k,
-            PER_HEAD=per_head, BLOCK_Q=8, BLOCK_D=block_d, num_warps=4,
+            PER_HEAD=per_head, BLOCK_Q=GRAD_QUERIES, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
         order, starts = _sort_selections(indices, n1, n2, H if per_head else 1)
         sub_keys = len(starts) - 1
@@ -416,7 +433,7 @@ def product_key_topk_backward(
         key_parts_kernel[(most * chunks,)](
             grad_scores, query, order, starts, part_starts, owners, parts, sub_keys, H,
             *query.stride()[:3], d, k,
-            PART=PART, BLOCK_P=16, BLOCK_D=block_d, num_warps=4,
+            PART=PART, BLOCK_P=GRAD_SELECTIONS, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
         key_sum_kernel[(sub_keys * chunks,)](
             parts, part_starts, grad_keys1, grad_keys2, n1, n2, d, BLOCK_D=block_d, num_warps=1
