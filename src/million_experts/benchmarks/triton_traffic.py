@@ -134,6 +134,7 @@ class Kernel:
     accesses: Accesses
     work: dict[str, float]  # operations, by their kind in PEAKS
     each: int = 1  # picks of a program
+    products: float = 0  # operations of products of matrices, before any is computed in three
 
     @property
     def issued(self) -> float:
@@ -349,9 +350,10 @@ def table_rows(s: RowSums, out: int) -> Kernel:
 # --- the experts, in tiles ----------------------------------------------------------------------------------
 
 
-def _tensor_cores(T: int, N: int, D: int, exact: bool) -> dict[str, float]:
+def _tensor_cores(accesses: Accesses, T: int, N: int, D: int, exact: bool) -> Kernel:
     """A product of matrices of these padded sizes; `exact`: as they are, else float32, in three of tf32."""
-    return {"narrow": 2 * T * N * D} if exact else {"tf32": 3 * 2 * T * N * D}
+    products = 2 * T * N * D
+    return Kernel(accesses, {"narrow": products} if exact else {"tf32": 3 * products}, products=products)
 
 
 def tile_dots(T: int, N: int, D: int, x: int, table: int) -> Kernel:
@@ -363,7 +365,7 @@ def tile_dots(T: int, N: int, D: int, x: int, table: int) -> Kernel:
         Stream("dense", T * N * SUM),
     ]
     padded = _up(T, tile_t), _up(N, tile_n), _up(D, by_tiles.DEPTH)
-    return Kernel(accesses, _tensor_cores(*padded, exact=x == table == 2))
+    return _tensor_cores(accesses, *padded, exact=x == table == 2)
 
 
 def _sectors(picks: np.ndarray, N: int) -> int:
@@ -396,7 +398,7 @@ def tile_mix(T: int, N: int, D: int, slots: int, table: int, out: int) -> Kernel
         Stream("out", T * D * out),
     ]
     padded = _up(T, tile_t), slots * _up(N, by_tiles.DEPTH), _up(D, tile_d)
-    return Kernel(accesses, _tensor_cores(*padded, exact=False))
+    return _tensor_cores(accesses, *padded, exact=False)
 
 
 def table_parts_of_tiles(T: int, N: int, D: int) -> int:
@@ -413,7 +415,7 @@ def tile_table(T: int, N: int, D: int, x: int) -> Kernel:
         Stream("parts", parts * N * D * SUM),
     ]
     padded = _up(T, by_tiles.DEPTH), _up(N, tile_n), _up(D, tile_d)
-    return Kernel(accesses, _tensor_cores(*padded, exact=False))
+    return _tensor_cores(accesses, *padded, exact=False)
 
 
 # --- retrieval ----------------------------------------------------------------------------------------------
@@ -469,7 +471,8 @@ def topk(s: Retrieval) -> Kernel:
     products = 2 * queries * rounds * block_n * _up(s.d, block_d)
     # 64 bits in units of 32: two instructions to compare, two to select.
     sorting = 4 * queries * rounds * _sorting(block_n, k)
-    return Kernel(accesses, {"float32" if wide else "narrow": products, "integer": sorting})
+    work = {"float32" if wide else "narrow": products, "integer": sorting}
+    return Kernel(accesses, work, products=products)
 
 
 def query_grad(s: Retrieval, indices: np.ndarray, grads: int) -> Kernel:
