@@ -31,6 +31,7 @@ def compare(trace: triton_trace.Trace, kernel: model.Kernel, cache: int) -> floa
         expected[access.tensor] = expected.get(access.tensor, 0) + access.issued
     assert trace.issued() == pytest.approx(expected)
     assert trace.operations == kernel.products
+    assert trace.narrow == kernel.work.get("narrow", 0)
     moved = trace.moved(cache)
     assert moved == pytest.approx(kernel.moved(cache, in_flight=1), rel=0.1)  # one program after the other
     return moved
