@@ -23,6 +23,7 @@ class Trace:
 
     accesses: list[tuple[str, np.ndarray, int, str]] = field(default_factory=list)
     operations: int = 0  # of its products of matrices, an addition and a multiplication for each pair
+    narrow: int = 0  # of these, where both matrices have 16 bits a number
 
     def issued(self) -> dict[str, int]:
         """Bytes of all loads and stores, by tensor."""
@@ -95,7 +96,10 @@ def record() -> Iterator[dict[str, list[Trace]]]:
         return store(self, pointers, value, mask, cache_modifier, *others)
 
     def recorded_dot(self, a, b, *others):
-        current[-1][0].operations += 2 * a.data.size * b.data.shape[-1]
+        count = 2 * a.data.size * b.data.shape[-1]
+        current[-1][0].operations += count
+        if all(m.get_element_ty().primitive_bitwidth == 16 for m in (a, b)):
+            current[-1][0].narrow += count
         return dot(self, a, b, *others)
 
     def recorded_launch(self, *arguments, **named):
