@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from million_experts.benchmarks import gpu
+from million_experts.benchmarks import correctness, gpu
 from million_experts.ops import reference
 
 (TINY,) = gpu.TINY
@@ -110,7 +110,7 @@ def test_numbers_are_compared_in_pieces(monkeypatch):
     whole = torch.arange(1.0, 8.0)
     broken = whole.clone()
     broken[5] += 3.5
-    monkeypatch.setattr(gpu, "COMPARED", 3)
+    monkeypatch.setattr(correctness, "BLOCK", 3)
     assert gpu.compare((broken,), (whole,))[0] == 0.5
     assert gpu.compare((whole[:0],), (whole[:0],)) == (0.0, None)
     assert gpu.compare((whole[:3],), (whole,))[1] is not None
@@ -139,3 +139,60 @@ def test_what_does_not_fit_costs_no_other(kernels, monkeypatch, capsys):
     del kernels.expert_mlp
     assert gpu.main() == 1
     assert '"status": "failed"' in capsys.readouterr().out
+
+
+@pytest.fixture
+def tuned(monkeypatch) -> SimpleNamespace:
+    """A tuned kernel that was launched and has not let go of its arguments."""
+    kernel = SimpleNamespace(cache={}, nargs={"table": torch.zeros(1)})
+    module = SimpleNamespace(some_kernel=kernel)
+    monkeypatch.setitem(gpu.sys.modules, "million_experts.ops.triton_expert_rows", module)
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(torch.OutOfMemoryError("out of memory"), "out of memory"), (RuntimeError("illegal access"), "failed")],
+)
+def test_a_broken_gpu_costs_nothing_that_was_measured(error, status, tuned, monkeypatch):
+    emptied = []
+
+    def broken(*_):
+        raise error
+
+    def empty_cache():
+        emptied.append(tuned.nargs)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    assert gpu.measure(TINY, broken, torch.device("cuda"), 1e9, 2)["status"] == status
+    assert emptied == [None]  # called, and when there was nothing left that keeps memory
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["float32", "bfloat16"])
+def test_the_bytes_are_those_that_must_move_in_the_model(shape, kernels):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from million_experts.benchmarks import triton_traffic as model
+
+    def bytes_and_arguments(part):
+        arguments = []
+        setattr(kernels, FUNCTIONS[part][0], lambda *given: arguments.extend(given))
+        prepared = gpu.PARTS[part](shape, CPU)
+        prepared.run("triton")
+        return prepared.necessary_bytes, arguments
+
+    N, R, D, size = shape.n**2, shape.R, shape.D, shape.dtype.itemsize
+    picks = model.Picks(bytes_and_arguments("experts, forward")[1][1].numpy())
+    of_tokens = shape.T, shape.H * shape.k, D, size, model.Gather("table", picks, R * D * size)
+    expected = {"experts, forward": model._forward(*of_tokens)}
+    for part, count in (
+        ("experts, backward to the touched rows", picks.distinct * (8 + R * D * size)),
+        ("experts, backward, dense", N * R * D * size),
+    ):
+        expected[part] = model._backward(*of_tokens, model.Stream("grad", count))
+    sizes = model.Retrieval(shape.T, shape.H, shape.k, shape.n, shape.n, shape.d, size, size)
+    expected["retrieval, forward"] = model.topk(sizes).accesses
+    rows = bytes_and_arguments("row-wise AdamW")[1][6]
+    expected["row-wise AdamW"] = model.adamw(len(rows), R, D, 3, size, size, size, True).accesses
+    for part, accesses in expected.items():
+        assert bytes_and_arguments(part)[0] == model.Kernel(accesses, {}).necessary(model.CACHE), part

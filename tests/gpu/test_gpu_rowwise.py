@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
+from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from million_experts.ops import reference_rowwise
 from million_experts.ops.backends import implementation
+from rowwise_cases import exact_sqrt, make_gradient, make_state
 
 # D, R: narrow and wide rows, one of no power of two, and experts that are updated in several pieces.
 SIZES = ((64, 2), (256, 3), (1000, 2), (8192, 3))
@@ -29,52 +28,17 @@ FORMS = {
     "float32, no first moment, by row": (f32, None, f32, True, False, None),
     "bfloat16, no first moment, gathered, stochastic": (bf16, None, bf16, False, True, 1),
 }
-STEP = 4
 
-State = dict[str, Tensor | None]
-
-
-def make_state(N: int, D: int, R: int, table: torch.dtype, momentum, by_row: bool) -> State:
-    generator = torch.Generator().manual_seed(0)
-    # Below 1, where bfloat16's steps are no larger than its tolerance, for what depends on a sum over a row.
-    weights = torch.rand(N, R, D, generator=generator) * 1.8 - 0.9
-    moment, squares = torch.randn(N, R, D, generator=generator), torch.rand(N, R, D, generator=generator)
-    log1 = -800.0 if momentum is None else math.log(0.9)  # as RowwiseAdamW writes it
-    kept = torch.tensor([log1, math.log(0.99), math.log(1 - 1e-3)], dtype=torch.float64)
-    return {
-        "table": weights.to(table),
-        "exp_avg": None if momentum is None else moment.to(momentum),
-        "exp_avg_sq": squares.mean(2) if by_row else squares,
-        "last_step": torch.randint(0, STEP, (N,), generator=generator, dtype=torch.int32),
-        "history": torch.arange(STEP + 1, dtype=torch.float64)[:, None] * kept,
-    }
-
-
-def make_gradient(N: int, D: int, R: int, dtype: torch.dtype, gathered: bool) -> State:
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randperm(N, generator=generator)[: max(1, N // 2)]
-    counts = torch.randint(1, 4, (len(rows),), generator=generator)
-    total = int(counts.sum()) if gathered else len(rows)
-    return {
-        "rows": rows,
-        "values": torch.randn(total, R, D, generator=generator).to(dtype),
-        "places": torch.randperm(total, generator=generator) if gathered else None,
-        "starts": torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]) if gathered else None,
-    }
-
-
-def exact_sqrt(x: Tensor) -> Tensor:
-    """PyTorch's square root on the CPU is off by the last bit in a fifth of all numbers; a GPU's is not."""
-    return torch.from_numpy(np.sqrt(x.numpy()))
+State = dict[str, Any]
 
 
 def after_step(run, state: State, gradient: State, device: torch.device, **options) -> State:
     """The state after a step; what lies on the device already is changed in place."""
     own, gradient = (
-        {name: None if t is None else t.to(device) for name, t in tensors.items()}
+        {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in tensors.items()}
         for tensors in (state, gradient)
     )
-    run(**own, step=STEP, **gradient, lr=1e-2, eps=1e-8, weight_decay=0.1, **options)
+    run(**own, **gradient, lr=1e-2, eps=1e-8, weight_decay=0.1, **options)
     return own
 
 
@@ -84,10 +48,10 @@ def after_step(run, state: State, gradient: State, device: torch.device, **optio
 def test_adamw_has_the_bits_of_the_reference(size, form, touched, device, tiny, assert_close):
     (D, R), (table, momentum, values, by_row, gathered, key) = size, FORMS[form]
     N = 5 if tiny else max(100, 2**20 // (D * R))
-    state = make_state(N, D, R, table, momentum, by_row)
+    state = make_state(0, N, R, D, table, momentum, by_row, below_one=True)
     gradient = dict.fromkeys(("rows", "values", "places", "starts"))
     if touched:
-        gradient = make_gradient(N, D, R, values, gathered)
+        gradient = make_gradient(1, N, R, D, max(1, N // 2), values, gathered)
     options = {"betas": (0.0 if momentum is None else 0.9, 0.99), "key": key}
     own = copy.deepcopy(state)
     actual = after_step(implementation("triton").rowwise_adamw, own, gradient, device, **options)
@@ -97,8 +61,8 @@ def test_adamw_has_the_bits_of_the_reference(size, form, touched, device, tiny, 
         expected = after_step(reference_rowwise.rowwise_adamw, own, gradient, cpu, **options)
     assert not torch.equal(expected["table"], state["table"])
     for name, right in expected.items():
-        if right is None:
-            assert actual[name] is None
+        if not isinstance(right, torch.Tensor):
+            assert actual[name] == right
         elif touched and by_row and name in ("table", "exp_avg_sq"):
             # A row's mean of squares is summed in another order, and the table depends on it.
             assert_close(actual[name].cpu(), right)
@@ -110,8 +74,8 @@ def test_adamw_of_a_table_beyond_32_bits(device, tiny, needs_bytes):
     N, D, R = (30, 20, 2) if tiny else (2**20 + 2**10, 1024, 2)
     bytes_ = 2 * N * R * D * 2  # table and first moment
     needs_bytes(1.5 * bytes_)
-    small = make_state(4, D, R, bf16, bf16, True)
-    large: State = {"history": small["history"]}
+    small = make_state(0, 4, R, D, bf16, bf16, True, below_one=True)
+    large: State = {name: small[name] for name in ("history", "step")}
     for name in ("table", "exp_avg", "exp_avg_sq", "last_step"):
         large[name] = torch.zeros(N, *small[name].shape[1:], dtype=small[name].dtype, device=device)
         large[name][-4:] = small[name].to(device)

@@ -140,10 +140,19 @@ def test_auto_leaves_an_old_gpu_alone(major, minor, gpu_machine):
     old = SimpleNamespace(major=major, minor=minor, name="Old")
     gpu_machine.setattr(torch.cuda, "get_device_properties", lambda _: old)
     assert_auto_falls_back(
-        rf"the kernels need a GPU of compute capability 8\.0 or higher, got {major}\.{minor} \(Old\)"
+        r"the kernels need a GPU of compute capability 8\.0 or higher, "
+        rf"the current device has {major}\.{minor} \(Old\)"
     )
     gpu_machine.setattr(torch.version, "hip", "6.4")  # AMD's GPUs are counted otherwise
     assert resolve_backend("auto", "cuda") == "triton"
+
+
+def test_auto_leaves_a_gpu_alone_that_does_not_start(gpu_machine):
+    def refuse():
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    gpu_machine.setattr(torch.cuda, "current_device", refuse)
+    assert_auto_falls_back("the GPU does not start: Cannot re-initialize CUDA in forked subprocess")
 
 
 def test_compiled_code_may_ask_for_the_backend(monkeypatch):

@@ -62,7 +62,7 @@ def compare_steps(workload: Workload, seed: int = 0) -> str | None:
         del optimizer
     expected = dict(workload.module.named_parameters())
     for name, parameter in twin.module.named_parameters():
-        pairs = zip(_blocks(parameter.detach()), _blocks(expected[name].detach()), strict=True)
+        pairs = zip(blocks(parameter.detach()), blocks(expected[name].detach()), strict=True)
         if not all(torch.equal(a, b) for a, b in pairs):
             return f"{name} after a step in the backward pass is not what a step after it makes"
     return None
@@ -76,7 +76,7 @@ def check_sanity(workload: Workload, training: bool, seed: int = 0) -> str | Non
         y = workload.module(*inputs)
     if workload.like_tokens and y.shape != inputs[0].shape:
         return f"output has shape {list(y.shape)}, the tokens {list(inputs[0].shape)}"
-    if not all(bool(torch.isfinite(part).all()) for part in _blocks(y)):
+    if not all(bool(torch.isfinite(part).all()) for part in blocks(y)):
         return "output is not finite"
     return None
 
@@ -121,7 +121,7 @@ def _difference(name: str, actual: Tensor, expected: Tensor) -> str | None:
         actual = merge_repeated_rows(actual)
         if (row := _row_left_out(actual, expected)) is not None:
             return f"{name} leaves out row {row}, which is not zero"
-    for a, e in zip(_blocks(actual), _blocks(expected), strict=True):
+    for a, e in zip(blocks(actual), blocks(expected), strict=True):
         difference = a.float() - e.float()
         if not bool(torch.isfinite(difference).all()):
             return f"{name} is not finite"
@@ -152,7 +152,7 @@ def _row_left_out(sparse: Tensor, expected: Tensor) -> int | None:
     return None
 
 
-def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+def blocks(tensor: Tensor) -> Iterator[Tensor]:
     """All numbers of a dense tensor or of a merged sparse one, some at a time and as a dense tensor's."""
     if not tensor.numel():
         return

@@ -5,16 +5,18 @@
 `make bench-gpu` runs this. Each operation is compared with the reference on the same GPU first: a wrong one
 is not timed, and the command fails. One that does not fit in the GPU's memory is left out. Beside its time
 stands the least time that the bytes allow which it must move, at the bandwidth of a large copy on this GPU:
-each tensor once, and of the table the rows that were picked.
+each tensor once, and of the table the rows that were picked. `docs/kernels.md` says the same of what must
+move, but counts a row again where the cache is too small to keep it.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 import million_experts
+from million_experts.benchmarks.correctness import BLOCK, blocks
 from million_experts.benchmarks.machine import describe
 from million_experts.benchmarks.timing import interleave, summarise
 from million_experts.ops import available_backends
@@ -31,9 +34,6 @@ from million_experts.ops.backends import implementation, interpreted
 # float32 holds sums of the same products in another order, and where the inputs are bfloat16 the products are
 # exact. bfloat16 is such a sum rounded once: a step of 2**-7 at most. Whole numbers are the same.
 ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
-
-# Numbers that are compared at a time: a whole table in float64 would be larger than many GPUs.
-COMPARED = 2**24
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Shape:
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"T={self.T} H={self.H} k={self.k} N={self.n**2} D={self.D} R={self.R} {dtype}"
+        return f"T={self.T} H={self.H} k={self.k} d={self.d} N={self.n**2} D={self.D} R={self.R} {dtype}"
 
 
 # A pool of a million in training, the same in bfloat16 and with GLU; one token; many tokens an expert.
 SHAPES = (
     Shape(2048, 1024, 256, torch.float32),
     Shape(16384, 1024, 256, torch.bfloat16),
-    Shape(8192, 1024, 1024, torch.bfloat16),
+    Shape(8192, 1024, 1024, torch.bfloat16, d=128),
     Shape(8192, 512, 1024, torch.bfloat16, R=3),
     Shape(1, 1024, 1024, torch.bfloat16),
     Shape(8192, 128, 256, torch.bfloat16),
@@ -132,7 +132,7 @@ def scores_at(picks_THk: Tensor, query: Tensor, keys1: Tensor, keys2: Tensor) ->
     wrong = again | (picks_THk < 0) | (picks_THk >= n1 * n2)
     picks_THk = picks_THk.where(~wrong, 0)
     scores = torch.empty(picks_THk.shape, device=query.device)
-    some = max(1, COMPARED // max(1, query[:1].numel() * picks_THk.shape[-1]))
+    some = max(1, BLOCK // max(1, query[:1].numel() * picks_THk.shape[-1]))
     for out, picks, part in zip(scores.split(some), picks_THk.split(some), query.split(some), strict=True):
         halves = keys1[picks // n2], keys2[picks % n2]
         torch.add(
@@ -150,7 +150,8 @@ def experts(kind: str, shape: Shape, device: torch.device) -> Part:
     rows = indices.unique()
     pre = implementation("reference").expert_mlp(x, indices, gates, table, "gelu")[1]
     touched = len(rows) * table[0].nbytes
-    read = _bytes(x, indices, gates, pre) + touched
+    # Nobody has to move the pre-activations: they can be had again from what is read.
+    read = _bytes(x, indices, gates) + touched
     if kind == "forward":
         return Part(
             lambda backend: implementation(backend).expert_mlp(x, indices, gates, table, "gelu"),
@@ -192,7 +193,8 @@ def adamw(shape: Shape, device: torch.device) -> Part:
         return state[backend]
 
     # The rows of table, momentum and gradient; the second moment of a row; the step of an expert.
-    return Part(step, len(rows) * (5 * table[0].nbytes + 2 * (R * 4 + 4)))
+    of_rows = len(rows) * (5 * table[0].nbytes + 2 * (R * 4 + 4))
+    return Part(step, of_rows + _bytes(rows, history))
 
 
 #: How each operation is prepared at a shape, with inputs of its own: one that does not fit costs no other.
@@ -229,16 +231,12 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
         return math.inf
     difference, scale = 0.0, 1e-30
-    for one, right in zip(_pieces(actual), _pieces(expected), strict=True):
+    for one, right in zip(blocks(actual), blocks(expected), strict=True):
         apart = (one.double() - right.double()).abs().max().item()
         if not math.isfinite(apart):  # `max` would pass over NaN
             return math.inf
         difference, scale = max(difference, apart), max(scale, right.abs().max().item())
     return difference / scale
-
-
-def _pieces(tensor: Tensor) -> Iterable[Tensor]:
-    return tensor.reshape(-1).split(COMPARED) if tensor.numel() else ()
 
 
 def _timed(run: Callable[[], Any], device: torch.device, litter: Tensor) -> float:
@@ -280,9 +278,18 @@ def measure(
         row = {"status": "out of memory"}
     except Exception as error:  # a kernel that this GPU refuses must not cost what others took
         row = {"status": "failed", "fault": f"{type(error).__name__}: {error}"}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    _let_go(device)
     return row
+
+
+def _let_go(device: torch.device) -> None:
+    """Gives back the memory of a part that ended early."""
+    for _, kernel in _tuned_kernels():
+        kernel.nargs = None  # the arguments of its last launch, which are forgotten only if that went well
+    if device.type == "cuda":
+        # After an access to memory that is not there every call fails; what was measured is printed anyhow.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def _measure(part: Part, device: torch.device, bandwidth: float, repetitions: int) -> dict[str, Any]:
@@ -308,12 +315,18 @@ def _measure(part: Part, device: torch.device, bandwidth: float, repetitions: in
 
 def chosen_configurations() -> dict[str, dict[str, str]]:
     """What autotuning took, kernel by kernel."""
-    chosen = {}
-    for name in ("triton_expert_rows", "triton_expert_tiles", "triton_retrieval", "triton_rowwise"):
-        for kernel, function in vars(sys.modules.get(f"million_experts.ops.{name}", million_experts)).items():
-            if kernel.endswith("_kernel") and hasattr(function, "cache"):
-                chosen[kernel] = {str(key): str(config) for key, config in function.cache.items()}
-    return chosen
+    return {
+        name: {str(key): str(config) for key, config in kernel.cache.items()}
+        for name, kernel in _tuned_kernels()
+    }
+
+
+def _tuned_kernels() -> Iterator[tuple[str, Any]]:
+    """Triton's `Autotuner` of each kernel that has one, in what has been imported."""
+    for module in ("triton_expert_rows", "triton_expert_tiles", "triton_retrieval", "triton_rowwise"):
+        for name, function in vars(sys.modules.get(f"million_experts.ops.{module}", million_experts)).items():
+            if name.endswith("_kernel") and hasattr(function, "cache"):
+                yield name, function
 
 
 def main() -> int:
@@ -352,7 +365,7 @@ def main() -> int:
 
 
 def _line(row: dict[str, Any]) -> str:
-    head = f"{row['shape']:55} {row['part']:38}"
+    head = f"{row['shape']:61} {row['part']:38}"
     if row["status"] != "timed":
         return f"{head} {row['status']}{': ' if 'fault' in row else ''}{row.get('fault', '')}"
     median, other = row["seconds"]["median"], row["reference_seconds"]["median"]

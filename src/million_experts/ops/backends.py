@@ -56,7 +56,7 @@ def _obstacle(name: str) -> str | None:
             "no GPU that CUDA or ROCm reaches; with TRITON_INTERPRET=1 in the environment the CPU interprets "
             "the kernels, very slowly"
         )
-    return _old_triton() or (None if interpreted() else _old_gpu())
+    return _old_triton() or (None if interpreted() else _unfit_gpu())
 
 
 # Dynamo shall ask and not follow: package and GPU do not change. `torch.compiler.assume_constant_result` says
@@ -76,16 +76,20 @@ def _old_triton() -> str | None:
     return f"the kernels need triton {least} or newer (PyTorch 2.8 brings it), got {triton.__version__}"
 
 
-def _old_gpu() -> str | None:
+def _unfit_gpu() -> str | None:
     if torch.version.hip is not None:
         return None
-    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    # The current device stands for all: tensors may lie on another, but nobody has said yet which.
+    try:  # what asks first starts CUDA, which a forked process or the driver may refuse
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    except RuntimeError as error:
+        return f"the GPU does not start: {error}"
     if (gpu.major, gpu.minor) >= _OLDEST_CAPABILITY:
         return None
     least = ".".join(map(str, _OLDEST_CAPABILITY))
     return (
-        f"the kernels need a GPU of compute capability {least} or higher, got {gpu.major}.{gpu.minor} "
-        f"({gpu.name})"
+        f"the kernels need a GPU of compute capability {least} or higher, the current device has "
+        f"{gpu.major}.{gpu.minor} ({gpu.name})"
     )
 
 
