@@ -184,12 +184,12 @@ def test_the_bytes_are_those_that_must_move_in_the_model(shape, kernels):
     N, R, D, size = shape.n**2, shape.R, shape.D, shape.dtype.itemsize
     picks = model.Picks(bytes_and_arguments("experts, forward")[1][1].numpy())
     of_tokens = shape.T, shape.H * shape.k, D, size, model.Gather("table", picks, R * D * size)
-    expected = {"experts, forward": model._forward(*of_tokens)}
+    expected = {"experts, forward": model.experts_forward(*of_tokens)}
     for part, count in (
         ("experts, backward to the touched rows", picks.distinct * (8 + R * D * size)),
         ("experts, backward, dense", N * R * D * size),
     ):
-        expected[part] = model._backward(*of_tokens, model.Stream("grad", count))
+        expected[part] = model.experts_backward(*of_tokens, model.Stream("grad", count))
     sizes = model.Retrieval(shape.T, shape.H, shape.k, shape.n, shape.n, shape.d, size, size)
     expected["retrieval, forward"] = model.topk(sizes).accesses
     rows = bytes_and_arguments("row-wise AdamW")[1][6]

@@ -13,7 +13,7 @@ Shapes: T tokens, K experts a token, P = T*K pairs, N experts of R rows of D num
 `ops.reference`. All sizes in bytes.
 """
 
-from million_experts.benchmarks.triton_traffic.accesses import Gather, Kernel, Picks, Stream
+from million_experts.benchmarks.triton_traffic.accesses import CACHE, Gather, Kernel, Picks, Stream
 from million_experts.benchmarks.triton_traffic.by_tiles import spread, tile_dots, tile_mix, tile_table
 from million_experts.benchmarks.triton_traffic.by_token import (
     RowSums,
@@ -32,9 +32,15 @@ from million_experts.benchmarks.triton_traffic.retrieval import (
     query_grad,
     topk,
 )
-from million_experts.benchmarks.triton_traffic.shapes import standard, table
+from million_experts.benchmarks.triton_traffic.shapes import (
+    experts_backward,
+    experts_forward,
+    standard,
+    table,
+)
 
 __all__ = [
+    "CACHE",
     "Gather",
     "Kernel",
     "Picks",
@@ -43,6 +49,8 @@ __all__ = [
     "Stream",
     "adamw",
     "dots",
+    "experts_backward",
+    "experts_forward",
     "gradient_weights",
     "key_parts",
     "key_sum",

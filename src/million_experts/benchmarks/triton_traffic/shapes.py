@@ -100,17 +100,17 @@ def _operation(shape: str, name: str, inputs_and_outputs: Accesses, rows: list[R
     )
 
 
-def _forward(T: int, K: int, D: int, size: int, table: Stream | Gather) -> Accesses:
+def experts_forward(T: int, K: int, D: int, size: int, table: Stream | Gather) -> Accesses:
     """What `expert_mlp` takes and gives. The pre-activations can be had again from what backward reads."""
     P = T * K
     inputs = [Stream("x", T * D * size), Stream("indices", P * INDEX), Stream("gates", P * size)]
     return [*inputs, table, Stream("y", T * D * size)]
 
 
-def _backward(T: int, K: int, D: int, size: int, table: Stream | Gather, grad: Stream) -> Accesses:
+def experts_backward(T: int, K: int, D: int, size: int, table: Stream | Gather, grad: Stream) -> Accesses:
     """The same of its backward pass."""
     gradients = [Stream("grad_y", T * D * size), Stream("grad_gates", T * K * size), grad]
-    return [*_forward(T, K, D, size, table), *gradients]  # grad_x for y
+    return [*experts_forward(T, K, D, size, table), *gradients]  # grad_x for y
 
 
 def _by_token(
@@ -134,7 +134,7 @@ def _by_token(
     ]
     yield from forward
     table = Gather("table", picks, R * D * size)
-    inputs = _forward(T, K, D, size, table)
+    inputs = experts_forward(T, K, D, size, table)
     if T == 1:
         yield _operation(shape, "**expert_mlp**", inputs, forward)
         return
@@ -153,7 +153,7 @@ def _by_token(
     yield row("adamw", adamw(picks.distinct, R, D, 100, size, size, size, size < 4))
     grad = Stream("rows, values", picks.distinct * (INDEX + R * D * size))
     yield _operation(shape, "**expert_mlp**", inputs, forward)
-    both = [*inputs, *_backward(T, K, D, size, table, grad)]
+    both = [*inputs, *experts_backward(T, K, D, size, table, grad)]
     yield _operation(shape, "**expert_mlp and backward, (rows, values)**", both, [*forward, *backward])
 
 
@@ -186,9 +186,9 @@ def _by_tiles(shape: str, T: int, K: int, N: int, D: int, size: int) -> Iterator
     yield from (slopes, *table_row, *ends)
     backward = [*dots_row, slopes, *spread_rows, mix_row, *R * [*spread_rows, *table_row], *ends]
     table = Stream("table", N * R * D * size)
-    inputs = _forward(T, K, D, size, table)
+    inputs = experts_forward(T, K, D, size, table)
     yield _operation(shape, "**expert_mlp**", inputs, forward)
-    both = [*inputs, *_backward(T, K, D, size, table, table)]
+    both = [*inputs, *experts_backward(T, K, D, size, table, table)]
     yield _operation(shape, "**expert_mlp and backward**", both, [*forward, *backward])
 
 
