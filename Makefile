@@ -49,7 +49,7 @@ test: lint ## Lint, check types, run the tests (some minutes)
 	$(PYTEST) -n 2 --dist loadfile --ignore $(INTERPRETED)
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 --dist loadfile $(INTERPRETED)
 
-test-slow: $(VENV)/.installed ## Run what takes longer: the README's training commands, many kills of a run
+test-slow: $(VENV)/.installed ## Run what takes longer: the README's training commands, many kills of a run, every launch for four GPUs
 	$(BIN)/python -m pytest -m slow --ignore $(INTERPRETED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow $(INTERPRETED)
 

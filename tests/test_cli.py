@@ -622,6 +622,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # three to four minutes alone; on a busy machine it was cut off at ten
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_a_run_killed_at_thirty_random_moments_goes_on(folder, tmp_path, kind):
     changes = {"steps": KILLED_STEPS, "save_steps": 1, "eval_steps": 50}
