@@ -88,15 +88,16 @@ class Draw:
     """Random tensors of a shape's type, the same at every call of a part."""
 
     def __init__(self, shape: Shape, device: torch.device):
-        self.generator = torch.Generator(device).manual_seed(0)
-        self.options: dict[str, Any] = {"device": device, "generator": self.generator}
-        self.dtype = shape.dtype
+        generator = torch.Generator(device).manual_seed(0)
+        self.options: dict[str, Any] = {"device": device, "generator": generator}
+        self.shape = shape
 
     def __call__(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.randn(sizes, dtype=dtype or self.dtype, **self.options)
+        return torch.randn(sizes, dtype=dtype or self.shape.dtype, **self.options)
 
-    def picks(self, shape: Shape) -> Tensor:
+    def picks(self) -> Tensor:
         """Uniform picks, the worst case: real tokens share more experts."""
+        shape = self.shape
         return torch.randint(0, shape.n**2, (shape.T, shape.H * shape.k), **self.options)
 
 
@@ -146,7 +147,7 @@ def experts(kind: str, shape: Shape, device: torch.device) -> Part:
     draw = Draw(shape, device)
     T, D, K, N, R = shape.T, shape.D, shape.H * shape.k, shape.n**2, shape.R
     x, grad_y, gates, table = draw(T, D), draw(T, D), draw(T, K) / K**0.5, draw(N, R, D).div_(D**0.5)
-    indices = draw.picks(shape)
+    indices = draw.picks()
     rows = indices.unique()
     pre = implementation("reference").expert_mlp(x, indices, gates, table, "gelu")[1]
     touched = len(rows) * table[0].nbytes
@@ -174,7 +175,7 @@ def adamw(shape: Shape, device: torch.device) -> Part:
     draw = Draw(shape, device)
     N, R, D = shape.n**2, shape.R, shape.D
     table = draw(N, R, D).div_(D**0.5)
-    rows = draw.picks(shape).unique()
+    rows = draw.picks().unique()
     values = draw(len(rows), R, D)
     history = torch.zeros(3, 3, dtype=torch.float64, device=device)
     state = {

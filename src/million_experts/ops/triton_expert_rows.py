@@ -283,9 +283,7 @@ class RowSums:
         self.sources, self.weights, self.order, self.starts = (x, grad_y), weights, order, starts
         (R, _, K), P, D = weights.shape, len(order), x.shape[1]
         self.length = part_length(P, R, D)
-        # How many parts there are is known on the device alone, how many there may be here: an expert with
-        # more pairs than a part holds has at most twice as many parts as it would fill.
-        most = 2 * P // self.length if self.length < P else 0
+        most = most_parts(P, self.length)
         self.parted = most > 0
         if not self.parted:
             self.part_starts, self.parts = starts, weights  # never read
@@ -311,6 +309,14 @@ class RowSums:
             self.parts, values, len(self.order), K, D, PARTED=self.parted, R=R,
         )  # fmt: skip
         return values
+
+
+def most_parts(pairs: int, length: int) -> int:
+    """Parts that there may be: how many there are is known on the device alone.
+
+    An expert with more pairs than a part holds has at most twice as many parts as it would fill.
+    """
+    return 2 * pairs // length if length < pairs else 0
 
 
 def part_length(pairs: int, R: int, D: int) -> int:

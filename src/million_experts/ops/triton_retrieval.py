@@ -253,6 +253,16 @@ def _columns(d: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(d)))
 
 
+def padded(k: int) -> int:
+    """K_PADDED of `topk_kernel`: the numbers that it sorts are a power of two."""
+    return max(2, triton.next_power_of_2(k))
+
+
+def most_parts(selections: int, sub_keys: int) -> int:
+    """Parts that there can be of the selections: how many there are is known on the device alone."""
+    return selections // PART + min(sub_keys, selections)
+
+
 def blocks(d: int, k_padded: int, wide: bool) -> tuple[bool, int, int]:
     """WHOLE, BLOCK_N and BLOCK_D of `topk_kernel`.
 
@@ -277,7 +287,7 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
         return scores, indices
     codebooks = 1 if keys1.dim() == 2 else H
     rows = T * H // codebooks
-    k_padded = max(2, triton.next_power_of_2(k))
+    k_padded = padded(k)
     if k_padded > 32 and query.dtype != keys1.dtype:  # to widen on the way takes a register too many on AMD
         query, keys1, keys2 = query.float(), keys1.float(), keys2.float()
     wide = query.dtype != keys1.dtype or query.dtype == torch.float32
@@ -426,8 +436,7 @@ def product_key_topk_backward(
         sub_keys = len(starts) - 1
         part_starts = torch.zeros_like(starts)
         torch.cumsum((starts.diff() + (PART - 1)) // PART, 0, out=part_starts[1:])
-        # As many parts as there can be: how many there are is known on the device alone.
-        most = len(order) // PART + min(sub_keys, len(order))
+        most = most_parts(len(order), sub_keys)
         owners = torch.searchsorted(part_starts, torch.arange(most, device=query.device), right=True) - 1
         parts = query.new_empty(most, d, dtype=torch.float32)
         key_parts_kernel[(most * chunks,)](

@@ -104,7 +104,7 @@ class RowSums:
     @property
     def most(self) -> int:
         """Parts that there may be: none where a part holds all pairs."""
-        return 2 * len(self.order) // self.length if self.length < len(self.order) else 0
+        return by_rows.most_parts(len(self.order), self.length)
 
     @property
     def parts(self) -> int:

@@ -54,7 +54,7 @@ def _sorting(block: int, k: int) -> int:
 
 def topk(s: Retrieval) -> Kernel:
     """`topk_kernel`."""
-    k = 1 << max(1, (s.k - 1).bit_length())
+    k = kernels.padded(s.k)
     wide = s.query != s.keys or s.query == SUM
     whole, block_n, block_d = kernels.blocks(s.d, k, wide)
     programs = split(s.T * s.H, kernels.BLOCK_Q)
@@ -94,7 +94,7 @@ def key_parts(s: Retrieval, order: np.ndarray, counts: np.ndarray, grads: int) -
     part, block_p = kernels.PART, kernels.GRAD_SELECTIONS
     block_d = kernels._columns(s.d, kernels.GRAD_COLUMNS)
     chunks, used = split(s.d, block_d), int(np.sum(-(-counts // part)))
-    most = len(order) // part + min(len(counts), len(order))
+    most = kernels.most_parts(len(order), len(counts))
     scores = order // (2 * s.k) * s.k + order % s.k
     accesses: Accesses = [
         Numbers("grad_scores", Picks(scores * grads // SECTOR), SECTOR, s.selections * grads, 2 * chunks),
