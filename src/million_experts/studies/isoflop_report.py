@@ -14,9 +14,10 @@ from million_experts.lm.files import explained
 from million_experts.models.feed_forwards import FEED_FORWARDS
 from million_experts.studies.isoflop import METHODS, SWEEP, format_budget, validation_loss
 from million_experts.studies.runs import Row
-from million_experts.studies.statistics import Interval, fit_parabola, interval, paired_difference
+from million_experts.studies.statistics import fit_parabola, interval, paired_difference
 from million_experts.studies.tables import (
     MODES_NOTE,
+    format_difference,
     format_interval,
     markdown_table,
     modes_table,
@@ -248,10 +249,10 @@ def _differences(study: _Study, ours: str, budget: float) -> str:
     for method in study.methods:
         theirs = study.best(method, budget)
         if method != ours and mine and theirs:
-            cells = []
-            for test in study.tests:
-                found = paired_difference(_by_seed(mine, test), _by_seed(theirs, test))
-                cells.append("—" if found is None else _difference(found))
+            cells = [
+                format_difference(paired_difference(_by_seed(mine, test), _by_seed(theirs, test)))
+                for test in study.tests
+            ]
             lines.append((f"{ours} − {method}", *cells, run_names(theirs)))
     header = ("", *(f"{test}, nats" for test in study.tests), "runs of the other")
     return f"### {ours}, {format_budget(budget)} FLOPs\n\nIts runs: {run_names(mine)}\n\n" + markdown_table(
@@ -261,12 +262,6 @@ def _differences(study: _Study, ours: str, budget: float) -> str:
 
 def _by_seed(rows: Iterable[Row], test: str) -> dict[int, float]:
     return {row["seed"]: row["tests"][test]["loss"] for row in rows}
-
-
-def _difference(value: Interval) -> str:
-    if value.n < 2:
-        return f"{value.mean:+.4f}, n=1"
-    return f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}], n={value.n}, {value.verdict}"
 
 
 def _figure(study: _Study, path: Path) -> None:

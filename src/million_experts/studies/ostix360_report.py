@@ -12,8 +12,8 @@ from million_experts.studies.ostix360 import (
     PUBLISHED_TIME,
 )
 from million_experts.studies.runs import Row
-from million_experts.studies.statistics import Interval, interval, paired_difference
-from million_experts.studies.tables import format_interval, markdown_table, run_names
+from million_experts.studies.statistics import interval, paired_difference
+from million_experts.studies.tables import format_difference, format_interval, markdown_table, run_names
 
 LAST = 10  # the "last-step loss" is the mean over the last of so many parts of the steps
 
@@ -102,8 +102,7 @@ def _differences(names: Iterable[str], tests: dict[str, list[Row]]) -> str:
         cells = []
         for part in (_last, _training, _validation, *map(_test, _texts(tests))):
             ours, theirs = ({row["seed"]: part(row) for row in tests[n]} for n in (name, BASELINE))
-            found = paired_difference(ours, theirs)
-            cells.append("—" if found is None else _difference(found))
+            cells.append(format_difference(paired_difference(ours, theirs)))
         lines.append((f"{name} − {BASELINE}", *cells))
     header = ("", f"training, last 1/{LAST}", "training, mean", "validation", *_texts(tests))
     return markdown_table(header, lines)
@@ -174,9 +173,3 @@ def _test(text: str):
 
 def _mean(rows: Iterable[Row], part) -> str:
     return format_interval(interval([part(row) for row in rows]))
-
-
-def _difference(value: Interval) -> str:
-    if value.n < 2:
-        return f"{value.mean:+.4f}, n=1"
-    return f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}], n={value.n}, {value.verdict}"

@@ -39,6 +39,15 @@ def format_interval(value: Interval, digits: int = 3, signed: bool = False) -> s
     return mean if value.n < 2 else f"{mean} ± {value.half_width:.{digits}f}"
 
 
+def format_difference(value: Interval | None) -> str:
+    """A paired difference, its interval, number of pairs and verdict; "—" where there is no pair."""
+    if value is None:
+        return "—"
+    if value.n < 2:
+        return f"{value.mean:+.4f}, n=1"
+    return f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}], n={value.n}, {value.verdict}"
+
+
 def run_names(rows: Iterable[Row]) -> str:
     """The names of runs, as code; those that differ in their last number are joined: `...-seed0,1,2`."""
     joined: dict[str, list[str]] = {}
