@@ -228,3 +228,26 @@ def test_too_little_text_is_named(blocks):
     short = PackedBlocks(replace(blocks.stream), 3)
     with pytest.raises(ValueError, match="rows of at least 4 tokens, got 3"):
         future_effect(model, short, 8, 100, as_in_training=True)
+
+
+def test_a_token_that_comes_alone_is_taken_by_every_expert(blocks):
+    """`loss_alone` is the loss of reading token by token with a cache while experts choose."""
+    model = make_model("expert_choice", num_experts=4, width=16)
+    (layer,) = (module for module in model.modules() if isinstance(module, ExpertChoiceMoE))
+    found = evaluate_modes(model, blocks, 8, 2 * CONTEXT)["expert_choice"]
+    assert (layer.eval_choice, layer.capacity_factor) == ("token", 2.0)
+    model.eval()
+    layer.eval_choice = "expert"
+    nats = []
+    (batch,) = draw_batches(blocks, 2, 2 * CONTEXT)
+    for ids, places in zip(batch["input_ids"], batch["position_ids"], strict=True):
+        cache = None
+        for token, place, target in zip(ids, places, ids[1:], strict=False):
+            if place == 0:
+                cache = None  # another document
+            with torch.no_grad():
+                out = model(token.view(1, 1), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            nats.append(F.cross_entropy(out.logits[0], target.view(1)).item())
+    assert found["loss_alone"] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert abs(found["loss_alone"] - found["loss_eval_mode"]) > 1e-3

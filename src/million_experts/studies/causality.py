@@ -71,8 +71,9 @@ def evaluate_modes(
 ) -> dict[str, dict[str, Any]]:
     """The figures of both modes for a row, under "batch_norm" or "expert_choice".
 
-    The future's effect is left out where there is no other text to put there. Nothing for a model whose
-    layers choose in training as in evaluation. Arguments as in `losses_by_mode`.
+    The future's effect is left out where there is no other text to put there. For expert choice "loss_alone"
+    is the loss of text that comes token by token, as it is generated, while experts go on choosing. Nothing
+    for a model whose layers choose in training as in evaluation. Arguments as in `losses_by_mode`.
     """
     kinds = {"batch_norm": MaskedBatchNorm, "expert_choice": ExpertChoiceMoE}
     for name, kind in kinds.items():
@@ -81,6 +82,9 @@ def evaluate_modes(
             if len(_rows(blocks, most_tokens)) > 1:
                 effect = future_effect(model, blocks, batch_size, most_tokens, as_in_training=True)
                 figures["future"] = asdict(effect)
+            if kind is ExpertChoiceMoE:
+                with every_expert(model):
+                    figures["loss_alone"], _ = mean_loss(model, draw_batches(blocks, batch_size, most_tokens))
             return {name: figures}
     return {}
 
@@ -114,6 +118,22 @@ def choice_of_training(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
             for mixture, choice in zip(mixtures, choices, strict=True):
                 mixture.eval_choice = choice
+
+
+@contextmanager
+def every_expert(model: nn.Module) -> Iterator[None]:
+    """Evaluation in which every expert takes every token of the expert-choice layers, as each does with the
+    one token that a step of generation shows it under `eval_choice="expert"`."""
+    mixtures = [module for module in model.modules() if isinstance(module, ExpertChoiceMoE)]
+    before = [(mixture.eval_choice, mixture.capacity_factor) for mixture in mixtures]
+    with evaluation_mode(model):
+        for mixture in mixtures:
+            mixture.eval_choice, mixture.capacity_factor = "token", mixture.num_experts
+        try:
+            yield
+        finally:
+            for mixture, (choice, factor) in zip(mixtures, before, strict=True):
+                mixture.eval_choice, mixture.capacity_factor = choice, factor
 
 
 def losses_by_mode(model: nn.Module, blocks: PackedBlocks, batch_size: int, most_tokens: int) -> ModeLosses:

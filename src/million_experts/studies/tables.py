@@ -22,6 +22,10 @@ MODES_NOTE = (
     "use, that would be negative. As in evaluation, nothing would change: under BatchNorm to the bit, as a "
     "test makes sure."
 )
+ALONE_NOTE = (
+    "Were experts to choose in generation too, each would take the one token that comes. The loss of the "
+    "same text, in nats per token, would be"
+)
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
@@ -106,9 +110,10 @@ def runs_table(rows: Sequence[Row]) -> str:
 def modes_table(groups: Iterable[tuple[str, Sequence[Row]]]) -> str:
     """What `causality.evaluate_modes` measured of runs, a line for each name and its runs; see `MODES_NOTE`.
 
-    Runs whose layers have one mode are left out; "" where none is left.
+    Runs whose layers have one mode are left out; "" where none is left. Under the lines stands what expert
+    choice loses on text that comes token by token.
     """
-    lines = []
+    lines, alone = [], []
     for name, rows in groups:
         measured = [(row, row.get("measured", {})) for row in rows]
         found = {
@@ -129,6 +134,10 @@ def modes_table(groups: Iterable[tuple[str, Sequence[Row]]]) -> str:
                 f"{_mean(f['divergence'] for f in future):.2g}",
                 format_interval(known, 5, signed=True),
             )
+        known_alone = [row for row in rows if "loss_alone" in found.get(row["name"], {})]
+        if known_alone:
+            losses = [found[row["name"]]["loss_alone"] for row in known_alone]
+            alone.append(f"{format_interval(interval(losses), 4)} for {name} ({run_names(known_alone)})")
         lines.append(
             (
                 name,
@@ -144,7 +153,8 @@ def modes_table(groups: Iterable[tuple[str, Sequence[Row]]]) -> str:
         "", "as in training, nats", "as in evaluation", "difference", "logits' change", "largest",
         "divergence, nats", "own − other future", "tokens", "runs",
     )  # fmt: skip
-    return markdown_table(header, lines) if lines else ""
+    table = markdown_table(header, lines) if lines else ""
+    return f"{table}\n\n{ALONE_NOTE} {', '.join(alone)}." if alone else table
 
 
 def _mean(values: Iterable[float]) -> float:
