@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from million_experts.cli import app
+from million_experts.studies.report import STUDIES, write_report
+from million_experts.studies.runs import Ledger
+from million_experts.studies.statistics import paired_difference
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/guide.md")
@@ -31,6 +35,10 @@ TINY_STUDIES = {
     "ablation": "--num-experts 64 --pools 64 --steps 2 --hidden-size 16 --num-hidden-layers 2".split(),
     "ostix360": "--steps 2 --timed-steps 3 --tests moe".split(),
 }
+
+LEDGERS = [path for path in sorted((ROOT / "docs/results").rglob("*.jsonl")) if path.stem in STUDIES]
+# What the README calls articles and speeches.
+TESTS = ("wikipedia-leads", "state-of-the-union")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -201,6 +209,54 @@ def test_the_readmes_figures_of_a_million_experts_are_those_of_the_committed_run
         f"{usage['usage']:.0%}".replace("%", " %"),
     ):
         assert figure in text, figure
+
+
+@pytest.mark.parametrize("ledger", LEDGERS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_committed_reports_are_those_of_the_committed_rows(ledger, tmp_path):
+    report = write_report(Ledger(Path(shutil.copy(ledger, tmp_path))))
+    assert report.read_text() == ledger.with_suffix(".md").read_text()
+    figures = {path.name for path in tmp_path.glob("*.png")}
+    assert figures <= {path.name for path in ledger.parent.glob("*.png")}
+
+
+def test_the_readmes_figures_of_the_studies_are_those_of_the_rows():
+    """Of the larger budget: every method's loss, and how much lower PEER's is, with the interval."""
+    readme = (ROOT / "README.md").read_text()
+    start = readme.index("## Does it learn more")
+    lines = [line for line in readme[start : readme.index("![", start)].splitlines() if line.startswith("|")]
+    shown = {cells[0]: cells[1:] for line in lines for cells in [[c.strip() for c in line[1:-1].split("|")]]}
+    names = {
+        "peer": "**PEER**, 65,536 experts",
+        "pkm": "product-key memory, 65,536 values",
+        "memory_plus": "Memory+, 65,536 values",
+        "expert_choice": "expert choice, 128 experts",
+        "moe": "mixture of 8 experts, 2 a token",
+        "dense": "dense",
+    }
+    runs = [
+        row
+        for row in Ledger(ROOT / "docs/results/studies/isoflop.jsonl").rows()
+        if row["labels"]["budget"] == 2e13
+    ]
+    losses: dict[str, dict[str, dict[int, float]]] = {}  # by method, test and seed, at the method's best size
+    assert {row["labels"]["method"] for row in runs} == names.keys()
+    for method in names:
+        own = [row for row in runs if row["labels"]["method"] == method]
+        first = min((row for row in own if row["seed"] == 0), key=lambda row: row["validation"]["loss"])
+        best = [row for row in own if row["labels"]["size"] == first["labels"]["size"]]
+        losses[method] = {test: {row["seed"]: row["tests"][test]["loss"] for row in best} for test in TESTS}
+    for method, name in names.items():
+        cells = []
+        for test in TESTS:
+            theirs = losses[method][test]
+            assert len(theirs) == 3
+            mean = f"{sum(theirs.values()) / 3:.3f}"
+            if method == "peer":
+                cells += [f"**{mean}**", ""]
+            else:
+                lower = paired_difference(theirs, losses["peer"][test])
+                cells += [mean, f"{lower.mean:.3f} ({lower.low:.3f} to {lower.high:.3f})"]
+        assert shown[name] == cells, name
 
 
 @pytest.mark.slow
