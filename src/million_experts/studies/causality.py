@@ -97,43 +97,45 @@ def measure_modes(run: Run, model: nn.Module, texts: Texts) -> dict[str, dict[st
 
 
 @contextmanager
+def _mixtures_choose(model: nn.Module, eval_choice: str, all_experts: bool = False) -> Iterator[None]:
+    """Sets who chooses in the expert-choice layers, and with `all_experts` that a token gets all of them."""
+    mixtures = [module for module in model.modules() if isinstance(module, ExpertChoiceMoE)]
+    before = [(mixture.eval_choice, mixture.capacity_factor) for mixture in mixtures]
+    for mixture in mixtures:
+        mixture.eval_choice = eval_choice
+        if all_experts:
+            mixture.capacity_factor = mixture.num_experts
+    try:
+        yield
+    finally:
+        for mixture, (choice, factor) in zip(mixtures, before, strict=True):
+            mixture.eval_choice, mixture.capacity_factor = choice, factor
+
+
+@contextmanager
 def choice_of_training(model: nn.Module) -> Iterator[None]:
     """Lets layers choose experts as in training, all else in evaluation; the model comes back as it was."""
     norms = [module for module in model.modules() if isinstance(module, MaskedBatchNorm)]
-    mixtures = [module for module in model.modules() if isinstance(module, ExpertChoiceMoE)]
     statistics = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
-    choices = [mixture.eval_choice for mixture in mixtures]
-    with evaluation_mode(model):
+    with evaluation_mode(model), _mixtures_choose(model, "expert"):
         for module in model.modules():
             # The retrieval too: on few tokens, its fused evaluation knows the running statistics alone.
             if isinstance(module, MaskedBatchNorm | ProductKeyRetrieval):
                 module.training = True
-        for mixture in mixtures:
-            mixture.eval_choice = "expert"
         try:
             yield
         finally:
             for norm, before in zip(norms, statistics, strict=True):
                 for buffer, value in zip(norm.buffers(), before, strict=True):
                     buffer.copy_(value)
-            for mixture, choice in zip(mixtures, choices, strict=True):
-                mixture.eval_choice = choice
 
 
 @contextmanager
 def every_expert(model: nn.Module) -> Iterator[None]:
     """Evaluation in which every expert takes every token of the expert-choice layers, as each does with the
     one token that a step of generation shows it under `eval_choice="expert"`."""
-    mixtures = [module for module in model.modules() if isinstance(module, ExpertChoiceMoE)]
-    before = [(mixture.eval_choice, mixture.capacity_factor) for mixture in mixtures]
-    with evaluation_mode(model):
-        for mixture in mixtures:
-            mixture.eval_choice, mixture.capacity_factor = "token", mixture.num_experts
-        try:
-            yield
-        finally:
-            for mixture, (choice, factor) in zip(mixtures, before, strict=True):
-                mixture.eval_choice, mixture.capacity_factor = choice, factor
+    with evaluation_mode(model), _mixtures_choose(model, "token", all_experts=True):
+        yield
 
 
 def losses_by_mode(model: nn.Module, blocks: PackedBlocks, batch_size: int, most_tokens: int) -> ModeLosses:
