@@ -259,7 +259,7 @@ def test_the_report_puts_the_predecessors_figures_beside_ours(tmp_path):
     parts = ostix360_report.sections(rows, tmp_path)
     losses, differences, times = (table(part) for part in parts if part.startswith("|"))
     peer = dict(zip(losses[0], losses[1], strict=False))
-    assert losses[1][:4] == ["1: PEER, 8 x 30 of 36^2", "8 x 30 of 1225", "7.65M", "22.2M"]
+    assert losses[1][:4] == ["peer (1: PEER, 8 x 30 of 36^2)", "8 x 30 of 1225", "7.65M", "22.2M"]
     # The last tenth of 20 steps: 1/19 and 1/20 above 4.4.
     assert losses[1][4:6] == ["4.451 ± 0.000", "4.58"]
     assert peer["validation"] == "3.910 ± 0.025"
@@ -303,7 +303,9 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path, narrow, monkeyp
     assert varied.exit_code == 0, varied.output
     rows = [json.loads(line) for line in (out / "ostix360.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows[9:]] == ["peer(init_std=0.2)-seed0", "peer(init_std=0.2)-speed"]
-    assert "peer(init_std=0.2) − moe" in (out / "ostix360.md").read_text()
+    page = (out / "ostix360.md").read_text()
+    assert "| peer, variant 1 − moe |" in page
+    assert "- peer, variant 1: init_std=0.2.\n" in page
 
     full = invoke(cli.app, [*command, "--full", "--dry-run"])
     assert full.exit_code == 0, full.output  # the other ledger's runs have other settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from million_experts.studies.ostix360 import (
@@ -32,6 +32,7 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
         return ["No run has been finished."]
     first = tests[names[0]][0]
     settings = first["settings"]
+    titles = _titles(names, tests)
     parts = [
         f"{settings['num_hidden_layers']} blocks of width {settings['hidden_size']}, all feed-forwards of "
         f"the same kind, vocabulary {settings['vocab_size']:,}, {first['steps']:,} steps of "
@@ -42,27 +43,45 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
         "are means over seeds with half of the 95 % interval, nats per token; the training losses are of "
         "the language model alone, without the router's balancing loss.",
         "## Loss",
-        _losses(names, tests),
+        _losses(titles, tests),
+        *_variants(titles, tests),
         "## Differences from the baseline",
         "Paired by seed and order of data, negative is better than the baseline: mean and 95 % interval "
         "over n seeds. *Lower* and *higher* exclude 0, a *tie* does not, and one seed says nothing.",
-        _differences(names, tests),
+        _differences(titles, tests),
     ]
-    timed = [name for name in names if name in speeds]
+    timed = {name: title for name, title in titles.items() if name in speeds}
     if timed:
-        parts += ["## Time and memory", _speed_note(speeds[timed[0]]), _speed(timed, speeds)]
+        parts += ["## Time and memory", _speed_note(speeds[next(iter(timed))]), _speed(timed, speeds)]
     return parts
 
 
-def _losses(names: Iterable[str], tests: dict[str, list[Row]]) -> str:
-    lines = []
+def _titles(names: Iterable[str], tests: dict[str, list[Row]]) -> dict[str, str]:
+    """What tables call each test, by its name; a variant's holds all its arguments, too long for a cell."""
+    titles: dict[str, str] = {}
     for name in names:
+        labels = tests[name][0]["labels"]
+        number = sum(title.startswith(f"{labels['test']}, variant ") for title in titles.values()) + 1
+        titles[name] = f"{labels['test']}, variant {number}" if labels["variant"] else labels["test"]
+    return titles
+
+
+def _variants(titles: Mapping[str, str], tests: dict[str, list[Row]]) -> list[str]:
+    """What variants change, where there are any."""
+    changes = {title: tests[name][0]["labels"]["variant"] for name, title in titles.items()}
+    lines = [f"- {title}: {variant.replace(',', ', ')}." for title, variant in changes.items() if variant]
+    return ["Variants change:", "\n".join(lines)] if lines else []
+
+
+def _losses(titles: Mapping[str, str], tests: dict[str, list[Row]]) -> str:
+    lines = []
+    for name, title in titles.items():
         rows = tests[name]
         published = PUBLISHED[rows[0]["labels"]["test"]]
         variant = rows[0]["labels"]["variant"]
         lines.append(
             (
-                f"{published.title}; {variant}" if variant else published.title,
+                title if variant else f"{title} ({published.title})",
                 _layer(rows[0]),
                 f"{rows[0]['parameters']['total'] / 1e6:.2f}M",
                 f"{published.parameters}M" if not variant else "",
@@ -94,16 +113,16 @@ def _layer(row: Row) -> str:
     return f"{peer['num_heads']} x {peer['experts_per_head']} of {peer['num_experts']}"
 
 
-def _differences(names: Iterable[str], tests: dict[str, list[Row]]) -> str:
+def _differences(titles: Mapping[str, str], tests: dict[str, list[Row]]) -> str:
     lines = []
-    for name in names:
+    for name, title in titles.items():
         if name == BASELINE or BASELINE not in tests:
             continue
         cells = []
         for part in (_last, _training, _validation, *map(_test, _texts(tests))):
             ours, theirs = ({row["seed"]: part(row) for row in tests[n]} for n in (name, BASELINE))
             cells.append(format_difference(paired_difference(ours, theirs)))
-        lines.append((f"{name} − {BASELINE}", *cells))
+        lines.append((f"{title} − {BASELINE}", *cells))
     header = ("", f"training, last 1/{LAST}", "training, mean", "validation", *_texts(tests))
     return markdown_table(header, lines)
 
@@ -122,15 +141,15 @@ def _speed_note(row: Row) -> str:
     )
 
 
-def _speed(names: Iterable[str], speeds: dict[str, Row]) -> str:
+def _speed(titles: Mapping[str, str], speeds: dict[str, Row]) -> str:
     lines = []
-    for name in names:
+    for name, title in titles.items():
         speed = speeds[name]["speed"]
         times = speed["seconds"]
         peak, baseline = speed.get("peak_bytes"), name == BASELINE
         lines.append(
             (
-                name,
+                title,
                 f"{1e3 * times['median']:.0f} ms ({1e3 * times['q1']:.0f} to {1e3 * times['q3']:.0f})",
                 f"{speed['time_ratio']:.2f}",
                 "1" if baseline else f"at least {PUBLISHED_TIME}",
