@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from million_experts import cli
 from million_experts.layers import DenseFeedForward, TokenChoiceMoE
 from million_experts.models import PeerForCausalLM, count_parameters
+from million_experts.studies import isoflop_report
 from million_experts.studies.command import isoflop
 from million_experts.studies.flops import training_flops_per_token
 from million_experts.studies.isoflop import METHODS, Options, Size, by_budget, format_budget, plan
@@ -361,6 +362,28 @@ def test_the_report_says_what_the_rows_say(tiny_settings, ledger):
     names = {row["name"] for row in ledger.rows()}
     for stem, ends in re.findall(r"`((?:dense|peer)-[^`]*?)([\d,]+)`", page):
         assert {stem + end for end in ends.split(",")} <= names
+
+
+def test_texts_in_domain_are_also_given_as_one(tiny_settings, ledger, tmp_path):
+    fill(make_options(tiny_settings, seeds=1), ledger, lambda labels: 3.0)
+    rows = ledger.rows()
+    assert "in domain" not in "".join(isoflop_report.sections(rows, tmp_path))
+    for row in rows:
+        bonus = 0.5 * (row["labels"]["method"] == "peer")
+        row["settings"]["data"] = ["leads", "speeches"]
+        row["tests"] = {
+            "leads": {"loss": 4.0 - bonus, "bits_per_byte": 2.0, "tokens": 100, "bytes": 300},
+            "speeches": {"loss": 3.0, "bits_per_byte": 1.0, "tokens": 300, "bytes": 100},
+            "topics": {"loss": 9.0, "bits_per_byte": 9.0, "tokens": 999, "bytes": 999},
+        }
+    page = "\n\n".join(isoflop_report.sections(rows, tmp_path))
+    assert "is the test text of what was trained on as one: leads, speeches." in page
+    dense, peer = table_after(page, "Test text in domain:")[2:]
+    assert dense[1:4] == ["3.2500", f"{math.exp(3.25):.2f}", "1.7500"]  # by tokens 1 to 3, by bytes 3 to 1
+    assert peer[1] == "3.1250"
+    differences = table_after(page, "### peer, 1e9 FLOPs")
+    assert differences[0][1:3] == ["in domain, nats", "leads, nats"]
+    assert differences[2][1:3] == ["-0.1250, n=1", "-0.5000, n=1"]
 
 
 def test_a_report_of_a_study_that_has_just_begun_is_whole(tiny_settings, ledger):

@@ -40,6 +40,7 @@ STYLES = {
     "peer_shared": ("#5fb3d4", "s"),
 }
 OURS = ("peer", "peer_shared")
+IN_DOMAIN = "in domain"  # the test texts of all corpora that were trained on, as one
 
 
 def sections(rows: Sequence[Row], folder: Path) -> list[str]:
@@ -57,7 +58,7 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
             _sizes(study),
             "## The best model of each method",
             "Its size was chosen by validation loss with the first seed. Means over seeds with half of the "
-            "95 % interval (Student's t); perplexity is that of the mean.",
+            "95 % interval (Student's t); perplexity is that of the mean." + _in_domain_note(study),
             *(_best_models(study, budget) for budget in study.budgets),
             "## Differences",
             "Test loss of PEER minus that of another method, paired by seed and order of data: mean and "
@@ -98,6 +99,8 @@ class _Study:
         ]
         self.budgets = sorted({row["labels"]["budget"] for row in self.main})
         self.tests = list(dict.fromkeys(name for row in self.main for name in row.get("tests", {})))
+        if any(len(_in_domain(row)) > 1 for row in self.main):
+            self.tests.insert(0, IN_DOMAIN)
 
     def first_seed(self, method: str, budget: float) -> list[Row]:
         """The runs of all sizes with the first seed, by rising size."""
@@ -121,6 +124,27 @@ def _best(rows: Sequence[Row]) -> Row | None:
     """The row of the lowest validation loss; None where there is none or all diverged."""
     best = min(rows, key=validation_loss, default=None)
     return None if best is None or math.isinf(validation_loss(best)) else best
+
+
+def _in_domain(row: Row) -> list[dict[str, float]]:
+    """What a run found on the test texts of the corpora that it was trained on."""
+    return [found for name, found in row.get("tests", {}).items() if name in row["settings"]["data"]]
+
+
+def _test(row: Row, test: str, figure: str = "loss") -> float:
+    """A figure of a test text, or of those in domain as one text: its mean over their tokens, or bytes."""
+    if test != IN_DOMAIN:
+        return row["tests"][test][figure]
+    unit = {"loss": "tokens", "bits_per_byte": "bytes"}[figure]
+    texts = _in_domain(row)
+    return sum(text[figure] * text[unit] for text in texts) / sum(text[unit] for text in texts)
+
+
+def _in_domain_note(study: _Study) -> str:
+    if IN_DOMAIN not in study.tests:
+        return ""
+    names = [name for name in study.tests if name in study.main[0]["settings"]["data"]]
+    return f" *{IN_DOMAIN.capitalize()}* is the test text of what was trained on as one: {', '.join(names)}."
 
 
 def _methods(study: _Study) -> str:
@@ -229,8 +253,8 @@ def _best_models(study: _Study, budget: float) -> str:
         for method in study.methods:
             rows = study.best(method, budget)
             if rows:
-                loss = interval([row["tests"][test]["loss"] for row in rows])
-                bits = interval([row["tests"][test]["bits_per_byte"] for row in rows])
+                loss = interval([_test(row, test) for row in rows])
+                bits = interval([_test(row, test, "bits_per_byte") for row in rows])
                 perplexity = f"{math.exp(loss.mean):.2f}"
                 numbers = format_interval(loss, 4), perplexity, format_interval(bits, 4), str(loss.n)
                 lines.append((method, *numbers, run_names(rows)))
@@ -261,7 +285,7 @@ def _differences(study: _Study, ours: str, budget: float) -> str:
 
 
 def _by_seed(rows: Iterable[Row], test: str) -> dict[int, float]:
-    return {row["seed"]: row["tests"][test]["loss"] for row in rows}
+    return {row["seed"]: _test(row, test) for row in rows}
 
 
 def _figure(study: _Study, path: Path) -> None:
