@@ -219,10 +219,10 @@ def test_what_retrieves_learns_at_its_own_rate_and_a_layer_without_it_is_the_sam
     dense, peer = (slow.run(method, 1e9, Size(24, 2), 2e-3, 0, "sizes") for method in ("dense", "peer"))
     assert peer.settings.peak_retrieval_learning_rate == 5e-4
     ledger.append(make_row(usual.run("dense", 1e9, Size(24, 2), 2e-3, 0, "sizes"), 3.0))
-    assert ledger.has(dense)
+    assert not ledger.missing([dense])
     ledger.append(make_row(usual.run("peer", 1e9, Size(24, 2), 2e-3, 0, "sizes"), 3.0))
     with pytest.raises(ValueError, match=r"retrieval_learning_rate: 0\.0005, not 0\.002"):
-        ledger.has(peer)
+        ledger.missing([peer])
 
 
 def test_the_report_says_what_learns_at_other_rates(tiny_settings, ledger):

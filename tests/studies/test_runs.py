@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import io
 import json
@@ -64,12 +65,12 @@ def run_all(runs, ledger, **arguments):
 
 def test_a_ledger_holds_what_was_appended(ledger, make_run):
     assert ledger.rows() == []
-    assert not ledger.has(make_run())
+    assert ledger.missing([make_run()])
     rows = [make_row(make_run("one")), make_row(make_run("two"), note="a line\nand another")]
     for row in rows:
         ledger.append(row)
     assert ledger.rows() == rows == Ledger(ledger.path).rows()
-    assert ledger.has(make_run("two"))
+    assert not ledger.missing([make_run("two")])
     assert [run.name for run in ledger.missing([make_run(n) for n in ("two", "three", "one")])] == ["three"]
 
 
@@ -82,10 +83,35 @@ def test_a_torn_last_line_is_ignored_and_overwritten(ledger, make_run, kept):
     torn = ledger.path.read_bytes()[len(whole) :][:kept]
     ledger.path.write_bytes(whole + torn)
     assert ledger.rows() == [first]
-    assert not ledger.has(make_run("two"))
+    assert ledger.missing([make_run("two")])
     ledger.append(second)
     assert ledger.rows() == [first, second]
     assert ledger.path.read_bytes().startswith(whole)
+
+
+def test_what_another_process_appends_meanwhile_is_kept(ledger, make_run, monkeypatch):
+    one, two, three = (make_row(make_run(name)) for name in ("one", "two", "three"))
+    ledger.append(one)
+    open_, others = builtins.open, []
+
+    def slow_open(*arguments, **options):
+        file = open_(*arguments, **options)
+        if not others:  # between all that is read before a row is written, and the writing
+            others.append(two)
+            Ledger(ledger.path).append(two)
+        return file
+
+    monkeypatch.setattr("builtins.open", slow_open)
+    ledger.append(three)
+    assert ledger.rows() == [one, two, three]
+
+
+def test_a_name_has_one_row(ledger, make_run):
+    ledger.append(make_row(make_run("one")))
+    whole = ledger.path.read_bytes()
+    with pytest.raises(ValueError, match="has a row of one already, and keeps it"):
+        ledger.append(make_row(make_run("one")))
+    assert ledger.path.read_bytes() == whole
 
 
 def test_a_damaged_line_is_named(ledger, make_run):
@@ -108,7 +134,7 @@ def test_a_name_with_other_settings_is_refused(ledger, make_run):
     with pytest.raises(
         ValueError, match=r"run one in .* other settings: learning_rate: 0.002, not 0.001; table"
     ):
-        ledger.has(make_run(learning_rate=2e-3))
+        ledger.missing([make_run(learning_rate=2e-3)])
     with pytest.raises(ValueError, match=r"other settings: peer.num_experts: 81, not 64\. Give the options"):
         ledger.missing([make_run(learning_rate=1e-3, peer={**make_run().settings.peer, "num_experts": 81})])
 
@@ -116,7 +142,7 @@ def test_a_name_with_other_settings_is_refused(ledger, make_run):
 def test_where_files_go_and_how_often_is_logged_makes_no_difference(ledger, make_run):
     ledger.append(make_row(make_run()))
     free = {"output_dir": "elsewhere", "cache_dir": "elsewhere", "logging_steps": 3, "prompt": "A"}
-    assert ledger.has(make_run(**free))
+    assert not ledger.missing([make_run(**free)])
 
 
 def test_defaults_are_written_out_so_a_changed_one_is_noticed(ledger, make_run, monkeypatch):
@@ -129,12 +155,12 @@ def test_defaults_are_written_out_so_a_changed_one_is_noticed(ledger, make_run, 
     assert "backend" not in stored["peer"]
     assert "cache_dir" not in stored
     ledger.append(json.loads(json.dumps(make_row(run))))
-    assert ledger.has(run)
+    assert not ledger.missing([run])
     new = dataclasses.replace(FEED_FORWARDS["peer"], defaults={"init_std": 0.2})
     monkeypatch.setitem(FEED_FORWARDS, "peer", new)
     with pytest.raises(ValueError, match=r"peer.init_std: 0.2, not 0.01"):
-        ledger.has(make_run())
-    assert ledger.has(make_run(peer={**run.settings.peer, "init_std": 0.01}))
+        ledger.missing([make_run()])
+    assert not ledger.missing([make_run(peer={**run.settings.peer, "init_std": 0.01})])
 
 
 # Steps and FLOPs.

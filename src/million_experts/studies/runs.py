@@ -111,7 +111,15 @@ class Ledger:
         Raises:
             ValueError: a line other than a torn last one is damaged.
         """
-        return [row for row, _ in self._lines() if row is not None]
+        text = self._read()
+        found: list[Row] = []
+        for number, line in enumerate(text[: _whole(text)].splitlines(), 1):
+            try:
+                row = json.loads(line)
+                found.append({key: row[key] for key in ("name", "status", "settings")} | row)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"line {number} of {self.path} is no row of a study: {error!r}") from error
+        return found
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
         """The runs that are not done; a run is if a row has its name and its settings.
@@ -129,41 +137,37 @@ class Ledger:
                 )
         return [run for run in runs if run.name not in rows]
 
-    def has(self, run: Run) -> bool:
-        """Whether a run is done; raises as `missing` does."""
-        return not self.missing([run])
-
     def append(self, row: Row) -> None:
-        """Adds a row and sees it onto the disk.
+        """Adds a row and sees it onto the disk. Other processes may add theirs meanwhile.
 
         Raises:
+            ValueError: there is a row of its name.
             WriteError: it could not be written.
         """
-        text = json.dumps(row, allow_nan=False) + "\n"
-        lines = self._lines()
-        whole = sum(size for row, size in lines if row is not None)
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        if any(other["name"] == row["name"] for other in self.rows()):
+            raise ValueError(
+                f"{self.path} has a row of {row['name']} already, and keeps it: another process has done the "
+                "same run. Give processes that share a ledger different runs"
+            )
         with explained(self.path.name, self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
-                file.truncate(whole)
-                file.write(text.encode())
+            # With room for all of it the line is one write, which the system puts behind those of others.
+            with open(self.path, "ab", buffering=len(line) + 1) as file:
+                text = self._read()
+                if _whole(text) < len(text):
+                    file.truncate(_whole(text))
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
 
-    def _lines(self) -> list[tuple[Row | None, int]]:
-        """Each line's row and bytes; None for what is left of a last line."""
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        found: list[tuple[Row | None, int]] = []
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                found.append((None, len(line)))
-                continue
-            try:
-                row = json.loads(line)
-                found.append(({key: row[key] for key in ("name", "status", "settings")} | row, len(line)))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"line {number} of {self.path} is no row of a study: {error!r}") from error
-        return found
+    def _read(self) -> bytes:
+        return self.path.read_bytes() if self.path.exists() else b""
+
+
+def _whole(text: bytes) -> int:
+    """How many bytes whole lines take, without what is left of a last one."""
+    return text.rfind(b"\n") + 1
 
 
 def stored_settings(settings: TrainSettings) -> dict[str, Any]:
