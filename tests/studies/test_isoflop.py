@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from million_experts import cli
 from million_experts.layers import DenseFeedForward, TokenChoiceMoE
+from million_experts.lm import training
 from million_experts.models import PeerForCausalLM, count_parameters
 from million_experts.studies import isoflop_report
 from million_experts.studies.command import isoflop
@@ -270,6 +271,42 @@ def test_other_settings_in_the_same_ledger_are_refused(tiny_settings, ledger):
         plan(make_options(tiny_settings, base=tiny_settings(peer={}, dense={}, context=16)), ledger)
 
 
+def test_another_layer_in_the_same_ledger_is_refused_though_no_run_has_its_name(tiny_settings, ledger):
+    fill(make_options(tiny_settings), ledger, lambda labels: 3.0)
+    other = {**TINY_LAYERS, "peer": {**TINY_PEER, "num_heads": 1}}
+    changes = {"arguments": other, "budgets": (2e9,), "learning_rates": (3e-3,)}
+    with pytest.raises(ValueError, match=r"peer\.num_heads: 1, not 2"):
+        plan(make_options(tiny_settings, **changes), ledger)
+    assert plan(make_options(tiny_settings, **changes, methods=("dense",)), ledger)
+
+
+def test_what_cannot_be_trained_is_refused_before_the_sweep(tiny_settings, ledger, monkeypatch):
+    large = (Size(16, 2), Size(24, 2), Size(512, 8))
+    with pytest.raises(ValueError, match="steps of hidden_size=512"):
+        plan(make_options(tiny_settings, sizes=large), ledger)
+    monkeypatch.setattr(training, "available_memory", lambda: 1)
+    with pytest.raises(MemoryError, match=r"dense-3e8-16x2-lr0\.001-seed0: the run is expected to take"):
+        plan(make_options(tiny_settings), ledger)
+
+
+def test_sizes_are_taken_by_rising_width(tiny_settings, ledger):
+    given = (Size(32, 2), Size(16, 2), Size(24, 2))
+    assert make_options(tiny_settings, sizes=given).sizes_at(3e8) == (Size(16, 2), Size(24, 2), Size(32, 2))
+    sweep = plan(make_options(tiny_settings, sizes=given), ledger)[0].runs
+    assert {run.labels["size"] for run in sweep} == {"24x2"}
+
+
+def test_a_later_sweep_of_another_budget_decides_nothing(tiny_settings, ledger, tmp_path):
+    fill(make_options(tiny_settings, seeds=1), ledger, lambda labels: 3.0 + labels["learning_rate"])
+    before = table_after("\n\n".join(isoflop_report.sections(ledger.rows(), tmp_path)), "## Learning rates")
+    later = make_options(tiny_settings, seeds=1, budgets=(2e9,), sizes=(Size(24, 2),), learning_rates=(2e-3,))
+    for run in plan(later, ledger)[0].runs:
+        ledger.append(make_row(run, 1.0))
+    page = "\n\n".join(isoflop_report.sections(ledger.rows(), tmp_path))
+    assert table_after(page, "## Learning rates") == before
+    assert "Validation loss at 3e8 FLOPs, size 24x2, first seed" in page
+
+
 def test_a_diverged_rate_is_not_chosen_and_all_diverged_is_an_error(tiny_settings, ledger, tmp_path):
     options = make_options(tiny_settings, seeds=1)
     fill(options, ledger, lambda labels: math.inf if labels["learning_rate"] == 2e-3 else 4.0)
@@ -289,6 +326,7 @@ def test_a_diverged_rate_is_not_chosen_and_all_diverged_is_an_error(tiny_setting
         ({"budgets": (-1.0,)}, "budgets must be positive"),
         ({"learning_rates": (0.0,)}, "learning_rates must be positive"),
         ({"seeds": 0}, "seeds must be at least 1"),
+        ({"sizes": (Size(16, 2), Size(16, 2))}, "sizes must be different, got 16x2, 16x2"),
         ({"table_rate": 0}, "table_rate must be positive"),
         ({"retrieval_rate": -1}, "retrieval_rate must be positive"),
     ],

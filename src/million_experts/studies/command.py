@@ -396,8 +396,14 @@ def command_line(context: typer.Context) -> str:
             words.append(option if value else parameter.secondary_opts[-1])
         else:
             for part in value if isinstance(value, list | tuple) else [value]:
-                words += [option, f"{part:g}" if isinstance(part, float) else str(part)]
+                words += [option, _exact(part) if isinstance(part, float) else str(part)]
     return shlex.join(words)
+
+
+def _exact(number: float) -> str:
+    """The shortest text that gives the number again, "2e+13" for 20000000000000.0."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def layer_arguments(name: str, pairs: list[str] | None) -> dict[str, Any]:

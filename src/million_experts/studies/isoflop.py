@@ -21,7 +21,7 @@ from million_experts.lm.training import model_config
 from million_experts.models import count_parameters
 from million_experts.studies.causality import measure_modes
 from million_experts.studies.flops import training_flops_per_token
-from million_experts.studies.runs import Ledger, Row, Run, execute, print_runs, training_steps
+from million_experts.studies.runs import Ledger, Row, Run, check_runs_fit, execute, print_runs, training_steps
 
 STUDY = "isoflop"
 SWEEP, SIZES, SEEDS = "learning rates", "sizes", "seeds"  # the phases
@@ -164,16 +164,19 @@ class Options:
                 raise ValueError(f"methods must be of {', '.join(METHODS)}; got {method!r}")
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        given = self.sizes.values() if isinstance(self.sizes, Mapping) else [self.sizes or ()]
+        for sizes in given:
+            if len(set(sizes)) < len(sizes):
+                raise ValueError(f"sizes must be different, got {', '.join(map(str, sizes))}")
         for name in ("table_rate", "retrieval_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     def sizes_at(self, budget: float) -> tuple[Size, ...]:
         """The sizes of a budget, by rising width."""
-        if isinstance(self.sizes, Mapping):
-            return self.sizes[budget]
-        if self.sizes is not None:
-            return self.sizes
+        given = self.sizes[budget] if isinstance(self.sizes, Mapping) else self.sizes
+        if given is not None:
+            return tuple(sorted(given, key=lambda size: (size.hidden_size, size.num_hidden_layers)))
         low, high = TOKENS_PER_PARAMETER
         ratios = {size: self._tokens_per_parameter(size, budget) for size in LADDER}
         fit = tuple(size for size, ratio in ratios.items() if low <= ratio <= high)
@@ -248,9 +251,11 @@ def plan(options: Options, ledger: Ledger) -> list[Plan]:
     """The phases as far as the ledger says what is in them; the last one may be unfinished.
 
     Raises:
-        ValueError: every run that a choice is made among has diverged; the ledger has a run's name with
-            other settings.
+        ValueError: a budget pays for too few steps of a size; every run that a choice is made among has
+            diverged; the ledger has runs of these methods with other settings.
+        MemoryError: a run is expected not to fit.
     """
+    _check(options, ledger)
     done = {row["name"]: row for row in ledger.rows()}
     budgets, methods = sorted(options.budgets), options.methods
     smallest, seeds = budgets[0], range(1, options.seeds)
@@ -293,6 +298,18 @@ def plan(options: Options, ledger: Ledger) -> list[Plan]:
         for run in runs
     ]
     return [*plans, Plan(SEEDS, by_seed, 0, 0.0)]
+
+
+def _check(options: Options, ledger: Ledger) -> None:
+    """Refuses before the first run what a later phase could not train, and rows that cannot be compared."""
+    for budget in options.budgets:
+        for size in options.sizes_at(budget):
+            for method in options.methods:
+                check_runs_fit([options.run(method, budget, size, options.learning_rates[0], 0, SIZES)])
+    for labels in (row["labels"] for row in ledger.rows()):
+        if labels["method"] in options.methods:
+            size, rate = Size.parse(labels["size"]), labels["learning_rate"]
+            ledger.missing([options.run(labels["method"], labels["budget"], size, rate, labels["seed"], "")])
 
 
 def _together(groups: Iterable[Sequence[Run]]) -> list[Run]:

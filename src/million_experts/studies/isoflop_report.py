@@ -58,7 +58,9 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
             _sizes(study),
             "## The best model of each method",
             "Its size was chosen by validation loss with the first seed. Means over seeds with half of the "
-            "95 % interval (Student's t); perplexity is that of the mean." + _in_domain_note(study),
+            "95 % interval (Student's t); perplexity is that of the mean. As a model is gone after its run, "
+            "every run was scored on the test texts at its end; no choice has looked at them."
+            + _in_domain_note(study),
             *(_best_models(study, budget) for budget in study.budgets),
             "## Differences",
             "Test loss of PEER minus that of another method, paired by seed and order of data: mean and "
@@ -88,7 +90,8 @@ class _Study:
         self.rows = rows
         names = {row["labels"]["method"] for row in rows}
         self.methods = [method for method in METHODS if method in names]
-        self.sweep = [row for row in rows if row["labels"]["phase"] == SWEEP]
+        sweep = [row for row in rows if row["labels"]["phase"] == SWEEP]
+        self.sweep = [row for method in self.methods for row in _swept(_of(sweep, method=method))]
         self.rates = {
             method: best["labels"]["learning_rate"]
             for method in self.methods
@@ -114,6 +117,17 @@ class _Study:
             return []
         rows = _of(self.main, method=method, budget=budget, size=best["labels"]["size"])
         return sorted((row for row in rows if "tests" in row), key=lambda row: row["seed"])
+
+
+def _swept(rows: Sequence[Row]) -> list[Row]:
+    """Of a method's sweeps the one that decides: at the smallest budget, there at the size of most rates.
+
+    A later command with one rate, for a budget or size of its own, is a sweep, too, that decides nothing.
+    """
+    smallest = min((row["labels"]["budget"] for row in rows), default=None)
+    rows = _of(rows, budget=smallest)
+    groups = [_of(rows, size=size) for size in dict.fromkeys(row["labels"]["size"] for row in rows)]
+    return max(groups, key=len, default=[])
 
 
 def _of(rows: Iterable[Row], **labels: Any) -> list[Row]:
@@ -169,12 +183,13 @@ def _sweep(study: _Study) -> str:
         lines.append((method, *cells, run_names(_of(study.sweep, method=method))))
         if len(rates) > 1 and study.rates.get(method) in (rates[0], rates[-1]):
             edges.append(method)
-    head = study.sweep[0]["labels"] if study.sweep else None
     parts = []
-    if head is not None:
+    if study.sweep:
+        heads = [(row["labels"]["budget"], row["labels"]["size"]) for row in study.sweep]
+        places = " or ".join(f"{format_budget(b)} FLOPs, size {size}" for b, size in dict.fromkeys(heads))
         parts.append(
-            f"Validation loss at {format_budget(head['budget'])} FLOPs, size {head['size']}, first seed; the "
-            f"best, in bold, is used from there on.{_other_rates(study.sweep)}"
+            f"Validation loss at {places}, first seed; the best, in bold, is used from there on."
+            f"{_other_rates(study.sweep)}"
         )
     header = ("method", *(f"{rate:g}" for rate in rates), "runs")
     parts.append(markdown_table(header, lines))
@@ -214,16 +229,25 @@ def _parabola(rows: Sequence[Row]) -> Any:
 
 def _other_rates(sweep: Sequence[Row]) -> str:
     """What learns at another rate than the rest, or otherwise; rows of an older release may not say all."""
-    kinds = ((METHODS[row["labels"]["method"]].kind, row["settings"]) for row in sweep)
-    routed = [settings for kind, settings in kinds if FEED_FORWARDS[kind].is_routed]
+    routed = {
+        row["labels"]["method"]: row["settings"]
+        for row in sweep
+        if FEED_FORWARDS[METHODS[row["labels"]["method"]].kind].is_routed
+    }
     if not routed:
         return ""
 
     def rates(name: str) -> str:
-        found = {round(s.get(name, s["learning_rate"]) / s["learning_rate"], 6) for s in routed}
-        return " or ".join(f"{rate:g}" for rate in sorted(found))
+        """ "4" where all methods have the same, else "0.25 (peer) and 1 (pkm)"."""
+        methods: dict[float, list[str]] = {}
+        for method, settings in routed.items():
+            rate = round(settings.get(name, settings["learning_rate"]) / settings["learning_rate"], 6)
+            methods.setdefault(rate, []).append(method)
+        if len(methods) == 1:
+            return f"{next(iter(methods)):g}"
+        return " and ".join(f"{rate:g} ({', '.join(methods[rate])})" for rate in sorted(methods))
 
-    momentum = ", without momentum" if all(s.get("table_adam_beta1") == 0 for s in routed) else ""
+    momentum = ", without momentum" if all(s.get("table_adam_beta1") == 0 for s in routed.values()) else ""
     return (
         f" Tables learn at {rates('table_learning_rate')} times the rate{momentum}; query projections and "
         f"sub-keys at {rates('retrieval_learning_rate')} times."
@@ -311,8 +335,7 @@ def _figure(study: _Study, path: Path) -> None:
             if curve is None:
                 axes.plot(sizes, list(map(validation_loss, rows)), ":", color=color, lw=width)
                 continue
-            ends = sizes + [curve.best] * curve.inside
-            x = np.geomspace(min(ends), max(ends), 100)
+            x = np.geomspace(min(sizes), max(sizes), 100)
             axes.plot(x, [curve(size) for size in x], color=color, lw=width)
             if curve.inside:
                 axes.plot([curve.best], [curve.bottom], "*", color=color, ms=10)

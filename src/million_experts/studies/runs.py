@@ -8,7 +8,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -235,11 +235,7 @@ def execute(
     if len({run.name for run in runs}) < len(runs):
         raise ValueError("the names of a study's runs must be unique")
     pending = ledger.missing(runs)
-    for run in pending:
-        try:
-            check_memory(run.config, run.settings)
-        except MemoryError as error:
-            raise MemoryError(f"{run.name}: {error}") from error
+    check_runs_fit(pending)
     if not pending:
         return
     machine = describe()
@@ -270,6 +266,19 @@ def execute(
                 f"Stopped with {done} of {len(runs)} runs in {ledger.path}; the same command goes on with "
                 "the others."
             ) from None
+
+
+def check_runs_fit(runs: Iterable[Run]) -> None:
+    """Refuses runs that are expected not to fit into the memory.
+
+    Raises:
+        MemoryError: the run is named.
+    """
+    for run in runs:
+        try:
+            check_memory(run.config, run.settings)
+        except MemoryError as error:
+            raise MemoryError(f"{run.name}: {error}") from error
 
 
 def print_runs(
