@@ -176,6 +176,7 @@ OPTIONS = {
         {**TINY["peer"], "num_experts": [16, 8], "init_std": 1e-3, "glu": True, "score": "relu"},
     ),
     "dense": (["--dense", "width=7"], {"width": 7}),
+    "swiglu": (["--swiglu", "width=9"], {"width": 9}),
     "moe": (["--moe", "num_experts=4"], {"num_experts": 4}),
     "expert_choice": (["--expert-choice", "capacity_factor=1.5"], {"capacity_factor": 1.5}),
     "pkm": (["--pkm", "num_experts=64"], {"num_experts": 64}),

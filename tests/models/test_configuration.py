@@ -53,7 +53,8 @@ def test_the_callers_dicts_are_left_alone(tiny_config):
         ({"mlp_layer_types": ["peer"]}, "1 entries for num_hidden_layers=2"),
         (
             {"mlp_layer_types": "pear"},
-            "no kind 'pear'; did you mean 'peer'.*allowed: dense, expert_choice, memory_plus, moe, peer, pkm",
+            "no kind 'pear'; did you mean 'peer'.*"
+            "allowed: dense, expert_choice, memory_plus, moe, peer, pkm, swiglu",
         ),
         ({"mlp_layer_types": []}, "0 entries"),
         ({"peer": {"num_expert": 64}}, "'num_expert'; did you mean 'num_experts'.*allowed: activation"),

@@ -16,7 +16,8 @@ from million_experts.optim import parameter_groups
 
 RETRIEVAL = {"num_experts": 64, "num_heads": 2, "experts_per_head": 4, "key_dim": 8}
 ARGUMENTS = {
-    "dense": {"width": 32, "activation": "silu", "glu": True},
+    "dense": {"width": 32},
+    "swiglu": {"width": 32},
     "peer": RETRIEVAL,
     "moe": {"num_experts": 4, "width": 8},
     "expert_choice": {"num_experts": 4, "width": 8},
@@ -255,7 +256,8 @@ def test_memory_plus_layers_share_one_table(model_of, tokens, tmp_path, tied):
 @pytest.mark.parametrize(
     ("kind", "total", "active"),
     [
-        ("dense", 3 * 16 * 32, 3 * 16 * 32),
+        ("dense", 2 * 16 * 32, 2 * 16 * 32),
+        ("swiglu", 3 * 16 * 32, 3 * 16 * 32),
         ("moe", 16 * 4 + 4 * 3 * 16 * 8, 16 * 4 + 2 * 3 * 16 * 8),
         ("expert_choice", 16 * 4 + 4 * 2 * 16 * 8, 16 * 4 + 2 * 2 * 16 * 8),
         ("peer", 16 * 16 + 2 * 8 * 4 + 2 * 16 + 64 * 32, 16 * 16 + 2 * 8 * 4 + 2 * 16 + 8 * 32),

@@ -21,6 +21,7 @@ RETRIEVAL = {"num_experts": (8, 6), "num_heads": 2, "experts_per_head": 3, "key_
 CASES = [
     ("dense", {"width": 24}),
     ("dense", {"glu": True}),
+    ("swiglu", {"width": 24}),
     ("moe", {"num_experts": 4, "width": 5}),
     ("moe", {"num_experts": 5, "experts_per_token": 3, "glu": False}),
     ("expert_choice", {"num_experts": 4, "width": 5}),

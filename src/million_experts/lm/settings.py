@@ -84,8 +84,8 @@ class TrainSettings:
     mlp_layer_types: str | list[str] | None = _option(
         None,
         "Model",
-        "Feed-forward of the blocks: one kind for all (dense, peer, moe, expert_choice, pkm, memory_plus) or "
-        "one for each, with commas. "
+        "Feed-forward of the blocks: one kind for all (dense, swiglu, peer, moe, expert_choice, pkm, "
+        "memory_plus) or one for each, with commas. "
         "By default peer in the middle block and dense in the others, as in the paper.",
     )
     peer: dict[str, Any] = _option(
@@ -94,6 +94,7 @@ class TrainSettings:
     dense: dict[str, Any] = _option(
         {}, "Model", "Argument of the dense layers as name=value, e.g. width=1024. Repeat for several."
     )
+    swiglu: dict[str, Any] = _option({}, "Model", "Argument of the dense layers with SwiGLU, e.g. width=704.")
     moe: dict[str, Any] = _option({}, "Model", "Argument of the token-choice mixtures, e.g. num_experts=8.")
     expert_choice: dict[str, Any] = _option({}, "Model", "Argument of the expert-choice mixtures.")
     pkm: dict[str, Any] = _option({}, "Model", "Argument of the product-key memories.")

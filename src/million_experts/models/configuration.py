@@ -54,6 +54,7 @@ class PeerConfig(PreTrainedConfig):
             from 0, and `"dense"` in the others.
         peer: arguments of `million_experts.layers.PEER`, all but `dim`.
         dense: arguments of `million_experts.layers.DenseFeedForward`, all but `dim`.
+        swiglu: the same, by default with `activation="silu"` and `glu=True`.
         moe: those of `TokenChoiceMoE`, whose balancing loss is added to the model's in training.
         expert_choice: those of `ExpertChoiceMoE`, which is not causal in training.
         pkm: those of `ProductKeyMemory`.
@@ -93,6 +94,7 @@ class PeerConfig(PreTrainedConfig):
     mlp_layer_types: str | list[str] | tuple[str, ...] | None = None
     peer: dict[str, Any] | None = None
     dense: dict[str, Any] | None = None
+    swiglu: dict[str, Any] | None = None
     moe: dict[str, Any] | None = None
     expert_choice: dict[str, Any] | None = None
     pkm: dict[str, Any] | None = None

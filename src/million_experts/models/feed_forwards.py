@@ -71,6 +71,8 @@ class FeedForwardKind:
 # A new kind needs an entry here and a field of the same name in PeerConfig.
 FEED_FORWARDS: dict[str, FeedForwardKind] = {
     "dense": FeedForwardKind(DenseFeedForward, output="up.weight"),
+    # A kind of its own, so that blocks of both stand in one model.
+    "swiglu": FeedForwardKind(DenseFeedForward, {"activation": "silu", "glu": True}, output="up.weight"),
     "peer": FeedForwardKind(PEER),
     "moe": FeedForwardKind(TokenChoiceMoE, output="up"),
     "expert_choice": FeedForwardKind(ExpertChoiceMoE, output="up"),

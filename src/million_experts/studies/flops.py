@@ -101,6 +101,7 @@ def _feed_forward(config: Any, kind: str) -> dict[str, float]:
     dim, arguments = config.hidden_size, getattr(config, kind)
     return {
         "dense": _dense,
+        "swiglu": _dense,
         "moe": _moe,
         "expert_choice": _moe,
         "peer": _peer,

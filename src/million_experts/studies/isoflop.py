@@ -44,12 +44,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "dense": Method("dense", about="a dense feed-forward with GELU, as in the other blocks"),
-    # One full-size expert that every token takes, with gate 1: `dense` is what the other blocks are.
-    "swiglu": Method(
-        "moe",
-        {"num_experts": 1, "experts_per_token": 1, "router_loss_coef": 0.0},
-        "a dense SwiGLU of as many parameters",
-    ),
+    "swiglu": Method("swiglu", about="a dense SwiGLU of as many parameters"),
     "moe": Method("moe", about="token-choice mixture as in Mixtral, SwiGLU experts, balancing loss"),
     "expert_choice": Method("expert_choice", about="expert-choice mixture, the paper's baseline"),
     "pkm": Method("pkm", {"sparse_grad": True}, "product-key memory"),
