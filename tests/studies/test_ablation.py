@@ -20,7 +20,7 @@ from million_experts.models import count_parameters
 from million_experts.studies.ablation import AXES, TRAINING, Setup, ablation_runs, usage_and_modes
 from million_experts.studies.ablation_report import sections
 from million_experts.studies.causality import draw_batches
-from million_experts.studies.runs import Run
+from million_experts.studies.runs import Run, stored_settings
 from million_experts.studies.texts import load_texts
 
 POOLS = (64, 256)
@@ -200,7 +200,7 @@ def make_row(run, loss, usage=0.9, unevenness=1.0, gap=0.0):
         "status": "finished",
         "labels": run.labels,
         "seed": run.settings.seed,
-        "settings": asdict(run.settings),
+        "settings": stored_settings(run.settings),
         "steps": run.settings.steps,
         "tokens": run.settings.steps * run.settings.tokens_per_step(),
         "flops": {"per_token": 2e6},
@@ -327,8 +327,9 @@ def test_the_base_stands_in_every_table(tiny_settings, tmp_path):
 
 def test_the_study_runs_from_plan_to_report(text_file, tmp_path):
     command = (
-        "study ablation --axes query_norm,active,glu --pools 64,144 --steps 6 --seeds 2 --usage-tokens 200 "
-        "--num-experts 64 --peer num_heads=2 --peer experts_per_head=4 --peer key_dim=8 --dense width=32 "
+        "study ablation --axes query_norm,active,glu --pools 64,144 --budget 6e8 --seeds 2 "
+        "--usage-tokens 200 --num-experts 64 --peer num_heads=2 --peer experts_per_head=4 --peer key_dim=8 "
+        "--dense width=32 "
         "--hidden-size 16 --num-hidden-layers 2 --num-attention-heads 2 --vocab-size 300 --context 32 "
         "--batch-size 4 --precision float32 --max-documents 100 --table-beta1 0.3 --retrieval-rate 0.25 "
         "--table-second-moment element"
@@ -349,6 +350,7 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path):
     assert len(rows) == 2 * (6 + 2)
     for row in rows:
         assert math.isfinite(row["validation"]["loss"])
+        assert 0.9 * 6e8 < row["flops"]["total"] <= 6e8
         assert "tests" not in row, "nothing is chosen by the test texts"
         ((figures),) = row["measured"]["usage"].values()
         assert figures["tokens"] == 224  # 200, in rows of 32

@@ -248,7 +248,9 @@ def test_the_report_puts_the_predecessors_figures_beside_ours(tmp_path):
         ratio = {"peer": 0.5, "peer_glu": 2.0, BASELINE: 1.0}[run.labels["test"]]
         rows.append(
             {
-                "name": run.name, "status": "measured", "labels": run.labels, "other_cores": 0.25,
+                "name": run.name, "status": "measured", "labels": run.labels,
+                "other_cores": 0.5 if ratio == 2 else 0.25,
+                "baseline": {"seconds": {"median": 1.0}},
                 "speed": {
                     "seconds": {"median": ratio, "q1": ratio * 0.9, "q3": ratio * 1.1, "repetitions": 36},
                     "time_ratio": ratio, "memory_ratio": ratio,
@@ -268,9 +270,10 @@ def test_the_report_puts_the_predecessors_figures_beside_ours(tmp_path):
     assert differences[1][0] == "peer − moe"
     assert differences[1][3] == "-0.1000 [-0.1000, -0.1000], n=3, lower"
     assert differences[2][3].endswith("n=3, tie")
-    assert times[1][:4] == ["peer", "500 ms (450 to 550)", "0.50", "at least 7"]
-    assert times[1][4:7] == ["100 MB", "0.50", "at least 3"]
-    assert times[3][3] == times[3][6] == "1"
+    assert times[1][:5] == ["peer", "500 ms (450 to 550)", "1000 ms", "0.50", "at least 7"]
+    assert times[1][5:8] == ["100 MB", "0.50", "at least 3"]
+    assert times[3][4] == times[3][7] == "1"
+    assert "while others kept 0.25 to 0.50 cores busy" in "".join(parts)
 
 
 def test_the_study_runs_from_plan_to_report(text_file, tmp_path, narrow, monkeypatch):
@@ -278,8 +281,8 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path, narrow, monkeyp
         speed, "measure_peaks", lambda c, phases, threads: {"step": Peak(1_000_000, None, 0)}
     )
     command = (
-        "study ostix360 --steps 3 --seeds 2 --vocab-size 300 --context 16 --batch-size 2 --timed-steps 3 "
-        "--max-documents 100 --precision float32"
+        "study ostix360 --budget 2.5e9 --seeds 2 --vocab-size 300 --context 16 --batch-size 2 "
+        "--timed-steps 3 --max-documents 100 --precision float32"
     ).split()
     command += ["--data", str(text_file), "--cache-dir", str(tmp_path / "cache")]
     command += ["--output", str(tmp_path / "out")]
@@ -292,6 +295,8 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path, narrow, monkeyp
     assert done.exit_code == 0, done.output
     out = tmp_path / "out"
     rows = [json.loads(line) for line in (out / "ostix360.jsonl").read_text().splitlines()]
+    assert {row["steps"] for row in rows[:6]} == {rows[2]["steps"]}
+    assert 0.9 * 2.5e9 < rows[2]["flops"]["total"] <= 2.5e9
     assert [row["name"] for row in rows[6:]] == ["peer-speed", "peer_glu-speed", "moe-speed"]
     for row in rows[:6]:
         assert row["parameters"]["total"] == pytest.approx(rows[2]["parameters"]["total"], rel=0.02)

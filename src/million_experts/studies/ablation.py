@@ -35,6 +35,7 @@ PLACEMENTS: dict[str, Callable[[int], Sequence[int]]] = {
 }
 
 
+FIXED = ("key_dim", "activation")  # arguments of the layer that no axis varies
 # What of a setup is no argument of the layer.
 TRAINING = ("placement", "table_rate", "table_beta1", "retrieval_rate")
 

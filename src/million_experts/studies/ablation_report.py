@@ -13,7 +13,7 @@ import matplotlib
 
 from million_experts.layers.retrieval import QUERY_NORMS
 from million_experts.lm.files import explained
-from million_experts.studies.ablation import AXES, Setup
+from million_experts.studies.ablation import AXES, FIXED, Setup
 from million_experts.studies.runs import Row
 from million_experts.studies.statistics import Interval, paired_difference
 from million_experts.studies.tables import (
@@ -42,7 +42,8 @@ PAPER = {
 def sections(rows: Sequence[Row], folder: Path) -> list[str]:
     """The parts of the report; its figures go to `folder`."""
     study = _Study(rows)
-    base = ", ".join(f"{name}={value}" for name, value in rows[-1]["labels"]["base"].items())
+    fixed = {name: rows[-1]["settings"]["peer"][name] for name in FIXED}
+    base = ", ".join(f"{name}={value}" for name, value in {**rows[-1]["labels"]["base"], **fixed}.items())
     parts = [
         f"One choice of the layer at a time; the base, of which the others are changes: {base}. "
         f"{_training(rows[-1])} Validation loss and its difference, to the base unless said otherwise, are "
@@ -55,7 +56,7 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
         parts.append(f"Without a loss, and so in no table, are {run_names(diverged)}, which diverged.")
     for axis in AXES.values():
         setups = study.present(axis.setups(study.base, study.pools))
-        if any(setup != study.base for setup in setups):
+        if any(setup != axis.reference(setup, study.base) for setup in setups):
             setups = setups if study.base in setups else study.present([study.base, *setups])
             lines = [_line(study, setup, axis.reference(setup, study.base)) for setup in setups]
             parts += [f"## {axis.question}", axis.note, markdown_table(_HEADER, lines)]

@@ -287,6 +287,13 @@ def ostix360(
             min=1, help="Steps of every run; by default 1,000, with --full 2,500.", show_default=False
         ),
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Training FLOPs of the baseline in place of --steps: all tests take as many steps.",
+            show_default=False,
+        ),
+    ] = None,
     seeds: Seeds = 3,
     timed_steps: Annotated[
         int, typer.Option(min=3, help="Steps of each model that are timed after the training runs.")
@@ -338,7 +345,7 @@ def ostix360(
     }
     changes = ({} if full else scaled) | {name: value for name, value in given.items() if value is not None}
     arguments = layer_arguments("peer", peer)
-    selected = choose_tests(changes, arguments, _names(tests))
+    selected = choose_tests(changes, arguments, _names(tests), budget)
     variant = ",".join(f"{name}={value}" for name, value in arguments.items())
     ledger = open_ledger(output, "ostix360-full" if full else "ostix360")  # other text, other losses
     if dry_run:

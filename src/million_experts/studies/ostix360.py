@@ -22,7 +22,7 @@ from million_experts.lm.settings import TABLE_SETTINGS, TrainSettings, load_pres
 from million_experts.lm.training import model_config
 from million_experts.models import count_parameters
 from million_experts.models.feed_forwards import complete_arguments
-from million_experts.studies.runs import Ledger, Run, execute, stored_settings
+from million_experts.studies.runs import Ledger, Run, execute, stored_settings, training_steps
 from million_experts.studies.speed import REPETITIONS, compare_steps
 from million_experts.studies.texts import load_texts
 
@@ -63,6 +63,7 @@ def choose_tests(
     changes: Mapping[str, Any] | None = None,
     peer: Mapping[str, Any] | None = None,
     tests: Iterable[str] = tuple(PRESETS),
+    budget: float | None = None,
 ) -> dict[str, TrainSettings]:
     """The settings of the tests, whose presets they are but for what is given.
 
@@ -70,19 +71,23 @@ def choose_tests(
         changes: settings in place of the presets'. With `steps`, the warm-up is in proportion.
         peer: arguments of the PEER layers in place of the presets', and `TABLE_SETTINGS`.
         tests: names in `PRESETS`.
+        budget: training FLOPs of the baseline, in place of a number of steps: all tests take as many steps.
 
     With another vocabulary or arguments of PEER but `num_experts`, the pools are the squares that bring the
     models nearest to the baseline's number of parameters.
 
     Raises:
-        ValueError: an unknown test, an argument that PEER has not, or models whose numbers of parameters
-            differ by more than 2 %.
+        ValueError: an unknown test, an argument that PEER has not, models whose numbers of parameters
+            differ by more than 2 %, or a budget that pays for too few steps.
     """
     changes, arguments = dict(changes or {}), dict(peer or {})
+    baseline = replace(load_preset(PRESETS[BASELINE]), **changes)
+    if budget is not None:
+        changes["steps"] = training_steps(budget, model_config(baseline, baseline.vocab_size), baseline)
     if "steps" in changes:
         changes["warmup_steps"] = WARM_UP
     training = {name: arguments.pop(name) for name in TABLE_SETTINGS if name in arguments}
-    target = parameters(replace(load_preset(PRESETS[BASELINE]), **changes))
+    target = parameters(baseline)
     selected = {}
     for name in tests:
         if name not in PRESETS:

@@ -52,7 +52,7 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
     ]
     timed = {name: title for name, title in titles.items() if name in speeds}
     if timed:
-        parts += ["## Time and memory", _speed_note(speeds[next(iter(timed))]), _speed(timed, speeds)]
+        parts += ["## Time and memory", _speed_note([speeds[name] for name in timed]), _speed(timed, speeds)]
     return parts
 
 
@@ -127,17 +127,19 @@ def _differences(titles: Mapping[str, str], tests: dict[str, list[Row]]) -> str:
     return markdown_table(header, lines)
 
 
-def _speed_note(row: Row) -> str:
-    times = row["speed"]["seconds"]
+def _speed_note(rows: Sequence[Row]) -> str:
+    steps = " or ".join(f"{n}" for n in sorted({row["speed"]["seconds"]["repetitions"] for row in rows}))
+    loads = [f"{row['other_cores']:.2f}" for row in rows]
+    busy = " to ".join(dict.fromkeys((min(loads), max(loads))))
     return (
         "A training step: forward, backward, clipping and the optimiser, on new models and real text. Times "
-        f"were taken in one process, the models in turns, {times['repetitions']} steps of each after the "
-        f"training runs, while others kept {row['other_cores']:.2f} cores busy; medians and quartiles, and "
-        "the median over rounds of the ratio to the baseline's step of the same round. Memory is that of the "
-        "weights and of the peak above them, optimiser state and gradients included, each model in a process "
-        "of its own; the process itself (Python, PyTorch) is left out. The predecessor says of its layer "
-        f"that it takes at least {PUBLISHED_TIME} times the time and {PUBLISHED_MEMORY} times the memory of "
-        "the baseline."
+        f"were taken in one process, the models in turns, {steps} steps of each after the training runs, "
+        f"while others kept {busy} cores busy; medians and quartiles, and the median over rounds of the "
+        "ratio to the baseline's step of the same round. Variants were timed by commands of their own, so "
+        "each line has the baseline's median beside it. Memory is that of the weights and of the peak above "
+        "them, optimiser state and gradients included, each model in a process of its own; the process "
+        "itself (Python, PyTorch) is left out. The predecessor says of its layer that it takes at least "
+        f"{PUBLISHED_TIME} times the time and {PUBLISHED_MEMORY} times the memory of the baseline."
     )
 
 
@@ -151,6 +153,7 @@ def _speed(titles: Mapping[str, str], speeds: dict[str, Row]) -> str:
             (
                 title,
                 f"{1e3 * times['median']:.0f} ms ({1e3 * times['q1']:.0f} to {1e3 * times['q3']:.0f})",
+                f"{1e3 * speeds[name]['baseline']['seconds']['median']:.0f} ms",
                 f"{speed['time_ratio']:.2f}",
                 "1" if baseline else f"at least {PUBLISHED_TIME}",
                 "—" if peak is None else f"{peak / 1e6:.0f} MB",
@@ -160,8 +163,8 @@ def _speed(titles: Mapping[str, str], speeds: dict[str, Row]) -> str:
             )
         )
     header = (
-        "test", "time of a step", "over the baseline", "there", "peak memory", "over the baseline", "there",
-        "row",
+        "test", "time of a step", "baseline's", "over the baseline", "there",
+        "peak memory", "over the baseline", "there", "row",
     )  # fmt: skip
     return markdown_table(header, lines)
 
