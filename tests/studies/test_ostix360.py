@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ from million_experts.studies.ostix360 import (
     choose_tests,
     ostix360_runs,
     parameters,
+    run_study,
     speed_runs,
 )
+from million_experts.studies.runs import Ledger
 from million_experts.studies.texts import load_texts
 
 SMALL = {"vocab_size": 4096, "steps": 1000}
@@ -274,6 +277,20 @@ def test_the_report_puts_the_predecessors_figures_beside_ours(tmp_path):
     assert times[1][5:8] == ["100 MB", "0.50", "at least 3"]
     assert times[3][4] == times[3][7] == "1"
     assert "while others kept 0.25 to 0.50 cores busy" in "".join(parts)
+
+
+def test_an_interruption_of_the_timing_says_how_to_go_on(tmp_path, monkeypatch):
+    tests, ledger = choose_tests(SMALL), Ledger(tmp_path / "ostix360.jsonl")
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ostix360, "execute", lambda *arguments, **options: None)
+    monkeypatch.setattr(ostix360, "load_texts", lambda settings: SimpleNamespace(train=None))
+    monkeypatch.setattr(ostix360, "compare_steps", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on with the times"):
+        run_study(tests, [0], ledger, Console())
+    assert ledger.rows() == []
 
 
 def test_the_study_runs_from_plan_to_report(text_file, tmp_path, narrow, monkeypatch):

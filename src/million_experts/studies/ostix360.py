@@ -169,7 +169,7 @@ def run_study(
     """Trains what the ledger does not have, then times what it has no times of.
 
     Times are compared with the baseline's, which are taken beside them: without it, or with it alone, none
-    are taken. Raises what `execute` raises.
+    are taken. Raises what `execute` raises; times that an interruption leaves unfinished are taken again.
     """
     execute(ostix360_runs(tests, seeds, variant), ledger, console, command=command)
     runs = speed_runs(tests, variant)
@@ -179,10 +179,16 @@ def run_study(
         return
     compared = [baseline, *(run for run in pending if run is not baseline)]
     texts = load_texts(baseline.settings)
-    with OtherLoad() as load:
-        figures = compare_steps(
-            {run.name: run.settings for run in compared}, texts.train, console, timed_steps
-        )
+    try:
+        with OtherLoad() as load:
+            figures = compare_steps(
+                {run.name: run.settings for run in compared}, texts.train, console, timed_steps
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"Stopped while steps were timed. The training runs are in {ledger.path}; the same command goes "
+            "on with the times."
+        ) from None
     for run in pending:
         row = {
             "study": STUDY,
