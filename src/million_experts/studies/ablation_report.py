@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -88,19 +89,14 @@ class _Study:
         return {seed: row["validation"]["loss"] for seed, row in self.runs.get(setup, {}).items()}
 
     def loss(self, setup: Setup) -> float:
-        return _mean(self.losses(setup).values())
+        return fmean(self.losses(setup).values())
 
     def difference(self, setup: Setup, reference: Setup) -> Interval | None:
         return paired_difference(self.losses(setup), self.losses(reference))
 
     def usage(self, setup: Setup, name: str) -> float:
         """A figure of expert usage, the mean over seeds and layers."""
-        return _mean(layer[name] for row in self.rows(setup) for layer in row["measured"]["usage"].values())
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+        return fmean(layer[name] for row in self.rows(setup) for layer in row["measured"]["usage"].values())
 
 
 def _training(row: Row) -> str:
@@ -134,7 +130,7 @@ def _line(study: _Study, setup: Setup, reference: Setup) -> tuple[str, ...]:
         f"{study.usage(setup, 'usage'):.1%}",
         f"{study.usage(setup, 'unevenness'):.2f}",
         f"{rows[0]['flops']['per_token'] / 1e6:.2f}M",
-        f"{_mean(row['seconds_per_step'] for row in rows):.3f}",
+        f"{fmean(row['seconds_per_step'] for row in rows):.3f}",
         run_names(rows),
     )
 

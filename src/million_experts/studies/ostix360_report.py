@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from million_experts.studies.ostix360 import (
     BASELINE,
@@ -175,14 +176,12 @@ def _texts(tests: dict[str, list[Row]]) -> list[str]:
 
 def _last(row: Row) -> float:
     """Mean training loss over the last tenth of the steps."""
-    entries = [loss for step, loss in row["training_loss"] if step > row["steps"] * (1 - 1 / LAST)]
-    return sum(entries) / len(entries)
+    return fmean(loss for step, loss in row["training_loss"] if step > row["steps"] * (1 - 1 / LAST))
 
 
 def _training(row: Row) -> float:
     """Mean training loss over all steps that were logged."""
-    entries = [loss for _, loss in row["training_loss"]]
-    return sum(entries) / len(entries)
+    return fmean(loss for _, loss in row["training_loss"])
 
 
 def _validation(row: Row) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
 from million_experts.benchmarks.machine import one_line
@@ -129,9 +130,9 @@ def modes_table(groups: Iterable[tuple[str, Sequence[Row]]]) -> str:
         if future:
             known = interval([f["loss_own_future"] - f["loss_other_future"] for f in future])
             effect = (
-                f"{_mean(f['logit_change'] for f in future):.2g}",
+                f"{fmean(f['logit_change'] for f in future):.2g}",
                 f"{max(f['largest_logit_change'] for f in future):.2g}",
-                f"{_mean(f['divergence'] for f in future):.2g}",
+                f"{fmean(f['divergence'] for f in future):.2g}",
                 format_interval(known, 5, signed=True),
             )
         known_alone = [row for row in rows if "loss_alone" in found.get(row["name"], {})]
@@ -141,8 +142,8 @@ def modes_table(groups: Iterable[tuple[str, Sequence[Row]]]) -> str:
         lines.append(
             (
                 name,
-                f"{_mean(modes['loss_train_mode'] for modes in found.values()):.4f}",
-                f"{_mean(modes['loss_eval_mode'] for modes in found.values()):.4f}",
+                f"{fmean(modes['loss_train_mode'] for modes in found.values()):.4f}",
+                f"{fmean(modes['loss_eval_mode'] for modes in found.values()):.4f}",
                 format_interval(gap, 4, signed=True),
                 *effect,
                 f"{next(iter(found.values()))['tokens']:,}",
@@ -155,11 +156,6 @@ def modes_table(groups: Iterable[tuple[str, Sequence[Row]]]) -> str:
     )  # fmt: skip
     table = markdown_table(header, lines) if lines else ""
     return f"{table}\n\n{ALONE_NOTE} {', '.join(alone)}." if alone else table
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def commands(rows: Iterable[Row]) -> str:
