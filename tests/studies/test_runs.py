@@ -167,7 +167,7 @@ def test_defaults_are_written_out_so_a_changed_one_is_noticed(ledger, make_run, 
 
 
 def test_steps_are_what_the_budget_pays_for(tiny_settings):
-    settings = tiny_settings()
+    settings = tiny_settings(mlp_layer_types="dense", dense={"width": 32})
     config = PeerConfig(
         vocab_size=300,
         hidden_size=16,
@@ -177,9 +177,9 @@ def test_steps_are_what_the_budget_pays_for(tiny_settings):
         dense={"width": 32},
     )
     step = training_flops_per_token(config, 32).total * 4 * 32
-    assert training_steps(25.5 * step, config, settings) == 25
+    assert training_steps(25.5 * step, settings) == 25
     with pytest.raises(ValueError, match=r"budget must pay for 10 steps at least, got .*9\.0 steps"):
-        training_steps(9 * step, config, settings)
+        training_steps(9 * step, settings)
 
 
 def test_a_runs_flops_are_those_of_all_its_tokens(make_run):

@@ -16,7 +16,6 @@ from million_experts.lm.callbacks import retrieval_layers
 from million_experts.lm.packing import PackedBlocks
 from million_experts.lm.scoring import evaluation_mode
 from million_experts.lm.settings import TrainSettings
-from million_experts.lm.training import model_config
 from million_experts.models import PeerForCausalLM
 from million_experts.models.feed_forwards import complete_arguments
 from million_experts.studies.causality import draw_batches, evaluate_modes, mean_loss
@@ -228,8 +227,7 @@ def ablation_runs(
     for seed, setup in product(seeds, distinct):
         settings = replace(setup.settings(base), seed=seed)
         if budget is not None:
-            config = model_config(settings, settings.vocab_size)
-            settings = replace(settings, steps=training_steps(budget, config, settings))
+            settings = replace(settings, steps=training_steps(budget, settings))
         labels = {
             "variant": setup.changes(own),
             "setup": dataclasses.asdict(setup),

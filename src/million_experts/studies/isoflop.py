@@ -208,10 +208,9 @@ class Options:
             ValueError: the budget pays for too few steps.
         """
         settings = self._settings(method, size)
-        config = model_config(settings, settings.vocab_size)
         settings = dataclasses.replace(
             settings,
-            steps=training_steps(budget, config, settings),
+            steps=training_steps(budget, settings),
             learning_rate=learning_rate,
             table_learning_rate=self.table_rate * learning_rate,
             retrieval_learning_rate=self.retrieval_rate * learning_rate,
@@ -297,14 +296,15 @@ def plan(options: Options, ledger: Ledger) -> list[Plan]:
 
 def _check(options: Options, ledger: Ledger) -> None:
     """Refuses before the first run what a later phase could not train, and rows that cannot be compared."""
-    for budget in options.budgets:
-        for size in options.sizes_at(budget):
-            for method in options.methods:
-                check_runs_fit([options.run(method, budget, size, options.learning_rates[0], 0, SIZES)])
-    for labels in (row["labels"] for row in ledger.rows()):
-        if labels["method"] in options.methods:
-            size, rate = Size.parse(labels["size"]), labels["learning_rate"]
-            ledger.missing([options.run(labels["method"], labels["budget"], size, rate, labels["seed"], "")])
+    check_runs_fit(
+        options.run(method, budget, size, options.learning_rates[0], 0, SIZES)
+        for budget in options.budgets
+        for size in options.sizes_at(budget)
+        for method in options.methods
+    )
+    done = [row["labels"] for row in ledger.rows() if row["labels"]["method"] in options.methods]
+    # Raises where a row is not what these options would make.
+    ledger.missing([options.run(**{**labels, "size": Size.parse(labels["size"])}) for labels in done])
 
 
 def _together(groups: Iterable[Sequence[Run]]) -> list[Run]:

@@ -238,7 +238,7 @@ def _other_rates(sweep: Sequence[Row]) -> str:
         return ""
 
     def rates(name: str) -> str:
-        """ "4" where all methods have the same, else "0.25 (peer) and 1 (pkm)"."""
+        """The rate where all methods have the same, else each with its methods: "0.25 (peer) and 1 (pkm)"."""
         methods: dict[float, list[str]] = {}
         for method, settings in routed.items():
             rate = round(settings.get(name, settings["learning_rate"]) / settings["learning_rate"], 6)

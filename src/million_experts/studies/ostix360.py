@@ -83,7 +83,7 @@ def choose_tests(
     changes, arguments = dict(changes or {}), dict(peer or {})
     baseline = replace(load_preset(PRESETS[BASELINE]), **changes)
     if budget is not None:
-        changes["steps"] = training_steps(budget, model_config(baseline, baseline.vocab_size), baseline)
+        changes["steps"] = training_steps(budget, baseline)
     if "steps" in changes:
         changes["warmup_steps"] = WARM_UP
     training = {name: arguments.pop(name) for name in TABLE_SETTINGS if name in arguments}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -60,10 +61,13 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
 def _titles(names: Iterable[str], tests: dict[str, list[Row]]) -> dict[str, str]:
     """What tables call each test, by its name; a variant's holds all its arguments, too long for a cell."""
     titles: dict[str, str] = {}
+    variants: Counter[str] = Counter()
     for name in names:
         labels = tests[name][0]["labels"]
-        number = sum(title.startswith(f"{labels['test']}, variant ") for title in titles.values()) + 1
-        titles[name] = f"{labels['test']}, variant {number}" if labels["variant"] else labels["test"]
+        titles[name] = test = labels["test"]
+        if labels["variant"]:
+            variants[test] += 1
+            titles[name] = f"{test}, variant {variants[test]}"
     return titles
 
 
@@ -130,8 +134,8 @@ def _differences(titles: Mapping[str, str], tests: dict[str, list[Row]]) -> str:
 
 def _speed_note(rows: Sequence[Row]) -> str:
     steps = " or ".join(f"{n}" for n in sorted({row["speed"]["seconds"]["repetitions"] for row in rows}))
-    loads = [f"{row['other_cores']:.2f}" for row in rows]
-    busy = " to ".join(dict.fromkeys((min(loads), max(loads))))
+    loads = [row["other_cores"] for row in rows]
+    busy = " to ".join(dict.fromkeys(f"{load:.2f}" for load in (min(loads), max(loads))))
     return (
         "A training step: forward, backward, clipping and the optimiser, on new models and real text. Times "
         f"were taken in one process, the models in turns, {steps} steps of each after the training runs, "

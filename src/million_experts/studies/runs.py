@@ -78,12 +78,13 @@ class Run:
 Measure = Callable[[Run, PeerForCausalLM, Texts], Mapping[str, Any]]
 
 
-def training_steps(budget: float, config: PeerConfig, settings: TrainSettings) -> int:
-    """Steps that `budget` training FLOPs pay for, rounded down.
+def training_steps(budget: float, settings: TrainSettings) -> int:
+    """Steps that `budget` training FLOPs of the settings' model pay for, rounded down.
 
     Raises:
         ValueError: fewer than `LEAST_STEPS`; the budget that would do is named.
     """
+    config = model_config(settings, settings.vocab_size)
     step = training_flops_per_token(config, settings.context).total * settings.tokens_per_step()
     if budget < LEAST_STEPS * step:
         raise ValueError(
