@@ -135,16 +135,18 @@ def _differences(titles: Mapping[str, str], tests: dict[str, list[Row]]) -> str:
 def _speed_note(rows: Sequence[Row]) -> str:
     steps = " or ".join(f"{n}" for n in sorted({row["speed"]["seconds"]["repetitions"] for row in rows}))
     loads = [row["other_cores"] for row in rows]
+    variants = any(row["labels"]["variant"] for row in rows)
     busy = " to ".join(dict.fromkeys(f"{load:.2f}" for load in (min(loads), max(loads))))
+    apart = "Variants were timed by commands of their own, so each line has the baseline's median beside it. "
     return (
         "A training step: forward, backward, clipping and the optimiser, on new models and real text. Times "
         f"were taken in one process, the models in turns, {steps} steps of each after the training runs, "
         f"while others kept {busy} cores busy; medians and quartiles, and the median over rounds of the "
-        "ratio to the baseline's step of the same round. Variants were timed by commands of their own, so "
-        "each line has the baseline's median beside it. Memory is that of the weights and of the peak above "
-        "them, optimiser state and gradients included, each model in a process of its own; the process "
-        "itself (Python, PyTorch) is left out. The predecessor says of its layer that it takes at least "
-        f"{PUBLISHED_TIME} times the time and {PUBLISHED_MEMORY} times the memory of the baseline."
+        f"ratio to the baseline's step of the same round. {apart if variants else ''}Memory is that of the "
+        "weights and of the peak above them, optimiser state and gradients included, each model in a process "
+        "of its own; the process itself (Python, PyTorch) is left out. The predecessor says of its layer "
+        f"that it takes at least {PUBLISHED_TIME} times the time and {PUBLISHED_MEMORY} times the memory of "
+        "the baseline."
     )
 
 
