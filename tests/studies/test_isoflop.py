@@ -302,7 +302,44 @@ def test_a_later_sweep_of_another_budget_decides_nothing(tiny_settings, ledger, 
         ledger.append(make_row(run, 1.0))
     page = "\n\n".join(isoflop_report.sections(ledger.rows(), tmp_path))
     assert table_after(page, "## Learning rates") == before
-    assert "Validation loss at 3e8 FLOPs, size 24x2, first seed" in page
+    assert "Validation loss at 2e9 FLOPs" not in page
+
+
+def test_every_budget_may_have_a_sweep_of_its_own(tiny_settings, ledger, tmp_path):
+    options = make_options(tiny_settings, sweep_every_budget=True)
+    sweep = plan(options, ledger)[0]
+    assert {(run.labels["budget"], run.labels["size"]) for run in sweep.runs} == {
+        (3e8, "24x2"),
+        (1e9, "24x2"),
+    }
+    assert len(sweep.runs) == 8
+    best = {("dense", 3e8): 2e-3, ("dense", 1e9): 1e-3, ("peer", 3e8): 1e-3, ("peer", 1e9): 1e-3}
+
+    def loss(labels):
+        return 3.0 + (labels["learning_rate"] != best[labels["method"], labels["budget"]])
+
+    phases = fill(options, ledger, loss)
+    assert len(ledger.rows()) == 8 + sweep.later
+    for phase in phases[1:]:
+        assert {
+            (run.labels["method"], run.labels["budget"], run.labels["learning_rate"]) for run in phase.runs
+        } == {(*key, rate) for key, rate in best.items()}
+    page = "\n\n".join(isoflop_report.sections(ledger.rows(), tmp_path))
+    lines = {
+        budget: [cells[:4] for cells in table_after(page, f"Validation loss at {budget} FLOPs")[2:]]
+        for budget in ("3e8", "1e9")
+    }
+    assert lines["3e8"] == [
+        ["dense", "24x2", "4.0000", "**3.0000**"],
+        ["peer", "24x2", "**3.0000**", "4.0000"],
+    ]
+    assert lines["1e9"] == [
+        ["dense", "24x2", "**3.0000**", "4.0000"],
+        ["peer", "24x2", "**3.0000**", "4.0000"],
+    ]
+    # All sizes of the larger budget are compared at its own rate.
+    assert "`dense-1e9-16x2-lr0.001-seed0`, `dense-1e9-24x2-lr0.001-seed0`" in page
+    assert "`dense-1e9-16x2-lr0.001-seed0,1`" in page
 
 
 def test_a_diverged_rate_is_not_chosen_and_all_diverged_is_an_error(tiny_settings, ledger, tmp_path):
@@ -374,10 +411,10 @@ def test_the_report_says_what_the_rows_say(tiny_settings, ledger):
     page = path.read_text()
 
     sweep = table_after(page, "## Learning rates")
-    assert sweep[0] == ["method", "0.001", "0.002", "0.004", "runs"]
-    assert sweep[2][:4] == ["dense", "3.3000", "3.2000", "**3.0000**"]
-    assert sweep[3][:4] == ["peer", "2.6000", "**2.5000**", "2.7000"]
-    assert "might do better: dense." in page
+    assert sweep[0] == ["method", "size", "0.001", "0.002", "0.004", "runs"]
+    assert sweep[2][:5] == ["dense", "24x2", "3.3000", "3.2000", "**3.0000**"]
+    assert sweep[3][:5] == ["peer", "24x2", "2.6000", "**2.5000**", "2.7000"]
+    assert "might do better: dense at 3e8." in page
 
     best = table_after(page, "Test text text:")
     # Mean of 3.1, 3.12, 3.11; 4.303 standard errors of 0.01/sqrt(3).
@@ -428,7 +465,7 @@ def test_a_report_of_a_study_that_has_just_begun_is_whole(tiny_settings, ledger)
         write_report(ledger)
     runs = plan(options, ledger)[0].runs
     ledger.append(make_row(runs[0], math.inf))
-    assert "| dense | diverged |" in write_report(ledger).read_text()
+    assert "| dense | 24x2 | diverged |" in write_report(ledger).read_text()
     ledger.append(make_row(runs[1], 3.0))
     assert "**3.0000**" in write_report(ledger).read_text()
 

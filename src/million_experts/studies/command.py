@@ -86,6 +86,13 @@ def isoflop(
         str,
         typer.Option(help="Tried for every method at the smallest budget and its middle size, first seed."),
     ] = "1e-3,2e-3,4e-3",
+    sweep_every_budget: Annotated[
+        bool,
+        typer.Option(
+            "--sweep-every-budget",
+            help="Try the learning rates at every budget: longer training may want another.",
+        ),
+    ] = False,
     table_rate: Annotated[
         float, typer.Option(help="Learning rate of tables of experts or values, in units of the others'.")
     ] = TABLE_RATE,
@@ -141,6 +148,7 @@ def isoflop(
         arguments={name: layer_arguments(name, pairs) for name, pairs in given.items() if pairs},
         table_rate=table_rate,
         retrieval_rate=retrieval_rate,
+        sweep_every_budget=sweep_every_budget,
         all_sizes=all_sizes,
         base=TrainSettings(
             data=list(data),

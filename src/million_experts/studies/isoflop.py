@@ -1,8 +1,9 @@
 """The isoFLOP study: at a fixed budget of training FLOPs, which feed-forward in the middle block learns most?
 
 Sizes vary at each budget, steps = budget / FLOPs per step, as in the paper's Figure 1. Three phases, each
-planned from the ledger of those before: a sweep of the learning rate, of the same size for every method; all
-sizes with the first seed; the other seeds at the best size. Choices are made on the validation split.
+planned from the ledger of those before: a sweep of the learning rate, of the same size for every method, at
+the smallest budget or at each; all sizes with the first seed; the other seeds at the best size. Choices are
+made on the validation split.
 """
 
 from __future__ import annotations
@@ -131,6 +132,8 @@ class Options:
             "peer_shared", too, and those of "dense" for the other blocks of every method.
         table_rate: learning rate of tables over that of the rest.
         retrieval_rate: that of query projections and sub-keys.
+        sweep_every_budget: a sweep of the learning rate at every budget, not at the smallest alone: longer
+            training may want another rate.
         all_sizes: the other seeds at every size, not at the best alone.
     """
 
@@ -143,6 +146,7 @@ class Options:
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     table_rate: float = TABLE_RATE
     retrieval_rate: float = RETRIEVAL_RATE
+    sweep_every_budget: bool = False
     all_sizes: bool = False
 
     def __post_init__(self) -> None:
@@ -179,6 +183,11 @@ class Options:
             return fit
         near = sorted(LADDER, key=lambda size: abs(math.log(ratios[size] / math.sqrt(low * high))))[:3]
         return tuple(size for size in LADDER if size in near)
+
+    def middle_size(self, budget: float) -> Size:
+        """The size at which learning rates are swept."""
+        sizes = self.sizes_at(budget)
+        return sizes[len(sizes) // 2]
 
     def _tokens_per_parameter(self, size: Size, budget: float) -> float:
         config = model_config(self._settings("dense", size), self.base.vocab_size)
@@ -252,14 +261,18 @@ def plan(options: Options, ledger: Ledger) -> list[Plan]:
     _check(options, ledger)
     done = {row["name"]: row for row in ledger.rows()}
     budgets, methods = sorted(options.budgets), options.methods
-    smallest, seeds = budgets[0], range(1, options.seeds)
-    middle = options.sizes_at(smallest)[len(options.sizes_at(smallest)) // 2]
+    swept = budgets if options.sweep_every_budget else budgets[:1]
+    seeds = range(1, options.seeds)
 
     sweep = {
-        method: [options.run(method, smallest, middle, rate, 0, SWEEP) for rate in options.learning_rates]
+        (method, budget): [
+            options.run(method, budget, options.middle_size(budget), rate, 0, SWEEP)
+            for rate in options.learning_rates
+        ]
+        for budget in swept
         for method in methods
     }
-    sizes_later = {b: len(methods) * (len(options.sizes_at(b)) - (b == smallest)) for b in budgets}
+    sizes_later = {b: len(methods) * (len(options.sizes_at(b)) - (b in swept)) for b in budgets}
     seeds_later = {
         b: len(methods) * len(seeds) * (len(options.sizes_at(b)) if options.all_sizes else 1) for b in budgets
     }
@@ -272,13 +285,13 @@ def plan(options: Options, ledger: Ledger) -> list[Plan]:
     if ledger.missing(plans[-1].runs):
         return plans
 
-    rates = {method: _best(runs, done).labels["learning_rate"] for method, runs in sweep.items()}
+    best = {key: _best(runs, done).labels["learning_rate"] for key, runs in sweep.items()}
+    rates = {(m, b): best.get((m, b), best[m, budgets[0]]) for b in budgets for m in methods}
     by_size = {
         (method, budget): [
-            options.run(method, budget, size, rates[method], 0, SIZES) for size in options.sizes_at(budget)
+            options.run(method, budget, size, rate, 0, SIZES) for size in options.sizes_at(budget)
         ]
-        for budget in budgets
-        for method in methods
+        for (method, budget), rate in rates.items()
     }
     plans.append(Plan(SIZES, _together(by_size.values()), *later(seeds_later)))
     if ledger.missing(plans[-1].runs):
@@ -286,7 +299,7 @@ def plan(options: Options, ledger: Ledger) -> list[Plan]:
 
     chosen = {key: runs if options.all_sizes else [_best(runs, done)] for key, runs in by_size.items()}
     by_seed = [
-        options.run(method, budget, Size.parse(run.labels["size"]), rates[method], seed, SEEDS)
+        options.run(method, budget, Size.parse(run.labels["size"]), rates[method, budget], seed, SEEDS)
         for (method, budget), runs in chosen.items()
         for seed in seeds
         for run in runs

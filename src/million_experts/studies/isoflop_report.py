@@ -90,20 +90,36 @@ class _Study:
         self.rows = rows
         names = {row["labels"]["method"] for row in rows}
         self.methods = [method for method in METHODS if method in names]
-        sweep = [row for row in rows if row["labels"]["phase"] == SWEEP]
-        self.sweep = [row for method in self.methods for row in _swept(_of(sweep, method=method))]
-        self.rates = {
-            method: best["labels"]["learning_rate"]
+        budgets = sorted({row["labels"]["budget"] for row in rows})
+        # The runs that decide on a method's learning rate at a budget, and what they come to.
+        self.sweeps = {
+            (method, budget): found
+            for budget in budgets
             for method in self.methods
-            if (best := _best(_of(self.sweep, method=method))) is not None
+            if (found := _swept(_of(rows, method=method, seed=0), budget))
+        }
+        self.rates = {
+            (method, budget): best["labels"]["learning_rate"]
+            for method in self.methods
+            for budget in budgets
+            if (best := _best(self._sweep_for(method, budget))) is not None
         }
         self.main = [
-            row for row in rows if self.rates.get(row["labels"]["method"]) == row["labels"]["learning_rate"]
+            row
+            for row in rows
+            if self.rates.get((row["labels"]["method"], row["labels"]["budget"]))
+            == row["labels"]["learning_rate"]
         ]
         self.budgets = sorted({row["labels"]["budget"] for row in self.main})
         self.tests = list(dict.fromkeys(name for row in self.main for name in row.get("tests", {})))
         if any(len(_in_domain(row)) > 1 for row in self.main):
             self.tests.insert(0, IN_DOMAIN)
+
+    def _sweep_for(self, method: str, budget: float) -> list[Row]:
+        """The sweep that holds at a budget: its own, else that of the smallest."""
+        own = self.sweeps.get((method, budget))
+        first = (sweep for (swept, _), sweep in self.sweeps.items() if swept == method)
+        return own if own is not None else next(first, [])
 
     def first_seed(self, method: str, budget: float) -> list[Row]:
         """The runs of all sizes with the first seed, by rising size."""
@@ -119,15 +135,17 @@ class _Study:
         return sorted((row for row in rows if "tests" in row), key=lambda row: row["seed"])
 
 
-def _swept(rows: Sequence[Row]) -> list[Row]:
-    """Of a method's sweeps the one that decides: at the smallest budget, there at the size of most rates.
+def _swept(rows: Sequence[Row], budget: float) -> list[Row]:
+    """The sweep of a method's learning rate at a budget: the runs of the size at which most rates were tried.
 
-    A later command with one rate, for a budget or size of its own, is a sweep, too, that decides nothing.
+    A single rate decides nothing at a larger budget than the smallest, of which there may be later commands
+    with a rate and a size of their own.
     """
-    smallest = min((row["labels"]["budget"] for row in rows), default=None)
-    rows = _of(rows, budget=smallest)
+    smallest = min((row["labels"]["budget"] for row in _of(rows, phase=SWEEP)), default=None)
+    rows = _of(rows, budget=budget, **({"phase": SWEEP} if budget == smallest else {}))
     groups = [_of(rows, size=size) for size in dict.fromkeys(row["labels"]["size"] for row in rows)]
-    return max(groups, key=len, default=[])
+    largest = max(groups, key=len, default=[])
+    return largest if budget == smallest or len(largest) > 1 else []
 
 
 def _of(rows: Iterable[Row], **labels: Any) -> list[Row]:
@@ -173,29 +191,34 @@ def _methods(study: _Study) -> str:
 
 
 def _sweep(study: _Study) -> str:
-    rates = sorted({row["labels"]["learning_rate"] for row in study.sweep})
-    lines, edges = [], []
-    for method in study.methods:
-        cells = []
-        for rate in rates:
-            found = _of(study.sweep, method=method, learning_rate=rate)
-            cells.append(_loss(found[0], study.rates.get(method) == rate) if found else "—")
-        lines.append((method, *cells, run_names(_of(study.sweep, method=method))))
-        if len(rates) > 1 and study.rates.get(method) in (rates[0], rates[-1]):
-            edges.append(method)
-    parts = []
-    if study.sweep:
-        heads = [(row["labels"]["budget"], row["labels"]["size"]) for row in study.sweep]
-        places = " or ".join(f"{format_budget(b)} FLOPs, size {size}" for b, size in dict.fromkeys(heads))
-        parts.append(
-            f"Validation loss at {places}, first seed; the best, in bold, is used from there on."
-            f"{_other_rates(study.sweep)}"
-        )
-    header = ("method", *(f"{rate:g}" for rate in rates), "runs")
-    parts.append(markdown_table(header, lines))
+    """A table of the learning rates for each budget that has a sweep."""
+    parts, edges = [], []
+    for budget in dict.fromkeys(budget for _, budget in study.sweeps):
+        sweeps = {method: rows for (method, swept), rows in study.sweeps.items() if swept == budget}
+        rates = sorted({row["labels"]["learning_rate"] for rows in sweeps.values() for row in rows})
+        lines = []
+        for method, rows in sweeps.items():
+            best = study.rates.get((method, budget))
+            cells = []
+            for rate in rates:
+                found = _of(rows, learning_rate=rate)
+                cells.append(_loss(found[0], best == rate) if found else "—")
+            lines.append((method, rows[0]["labels"]["size"], *cells, run_names(rows)))
+            tried = [row["labels"]["learning_rate"] for row in rows]
+            if len(tried) > 1 and best in (min(tried), max(tried)):
+                edges.append(f"{method} at {format_budget(budget)}")
+        header = ("method", "size", *(f"{rate:g}" for rate in rates), "runs")
+        parts.append(f"Validation loss at {format_budget(budget)} FLOPs:\n\n" + markdown_table(header, lines))
+    if not parts:
+        return ""
+    every = [row for rows in study.sweeps.values() for row in rows]
+    note = (
+        "First seed; the best, in bold, is used from there on. Where a method has no sweep of its own at a "
+        f"budget, the rate of the smallest one holds.{_other_rates(every)}"
+    )
     if edges:
         parts.append(f"At the edge of the sweep, where a rate beyond might do better: {', '.join(edges)}.")
-    return "\n\n".join(parts)
+    return "\n\n".join([note, *parts])
 
 
 def _loss(row: Row, bold: bool = False) -> str:
