@@ -21,6 +21,7 @@ from million_experts.studies.ostix360 import (
     BASELINE,
     PRESETS,
     choose_tests,
+    name_variants,
     ostix360_runs,
     parameters,
     run_study,
@@ -120,7 +121,8 @@ def test_unequal_or_unknown_tests_are_refused(arguments, message):
 
 def test_a_variant_stands_beside_the_tests():
     plain = ostix360_runs(choose_tests(SMALL), [0, 1])
-    varied = ostix360_runs(choose_tests(SMALL, {"init_std": 0.2}), [0, 1], "init_std=0.2")
+    peer = {"init_std": 0.2}
+    varied = ostix360_runs(choose_tests(SMALL, peer), [0, 1], name_variants(peer))
     assert [run.name for run in plain] == [
         "peer-seed0", "peer_glu-seed0", "moe-seed0", "peer-seed1", "peer_glu-seed1", "moe-seed1",
     ]  # fmt: skip
@@ -130,6 +132,15 @@ def test_a_variant_stands_beside_the_tests():
         "moe-seed0",
     ]
     assert plain[2].settings == varied[2].settings
+    faster = choose_tests(SMALL, {**peer, "table_learning_rate": 4e-3}, learning_rate=1e-3)
+    assert [run.name for run in ostix360_runs(faster, [0], name_variants(peer, 1e-3))] == [
+        "peer(learning_rate=0.001,init_std=0.2)-seed0",
+        "peer_glu(learning_rate=0.001,init_std=0.2)-seed0",
+        "moe(learning_rate=0.001)-seed0",
+    ]
+    rates = ("learning_rate", "table_learning_rate", "retrieval_learning_rate")
+    assert [getattr(faster["peer"], rate) for rate in rates] == [1e-3, 4e-3, 1e-3]
+    assert [getattr(faster[BASELINE], rate) for rate in rates] == [1e-3, None, None]
     assert [run.name for run in speed_runs(choose_tests(SMALL))] == [
         "peer-speed",
         "peer_glu-speed",
@@ -212,6 +223,18 @@ def test_a_timed_step_trains_on_the_text(text_file, tmp_path, narrow):
     few = tiny.build({}, **tiny.arguments)
     assert few.draw(torch.Generator().manual_seed(0))[0].numel() == 8
     assert speed.make_run(few, "step")(0) > 0
+
+
+def test_memory_is_measured_in_a_process_of_its_own(text_file, tmp_path, narrow):
+    settings = tiny_tests(text_file, tmp_path)["peer"]
+    stream = load_texts(settings).train
+    figures = speed.compare_steps({"peer": settings}, stream, Console(quiet=True), 3)["peer"]
+    weights = 4 * parameters(settings)
+    assert figures["weight_bytes"] == weights
+    # Two moments an element, which the first step makes, and the gradient, at least.
+    assert 3 * weights <= figures["added_bytes"] < 3 * weights + 2**26
+    assert figures["peak_bytes"] == weights + figures["added_bytes"]
+    assert figures["memory_ratio"] == figures["time_ratio"] == 1
 
 
 # The report and the command.
@@ -328,6 +351,17 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path, narrow, monkeyp
     page = (out / "ostix360.md").read_text()
     assert "| peer, variant 1 − moe |" in page
     assert "- peer, variant 1: init_std=0.2.\n" in page
+
+    faster = invoke(cli.app, [*command, "--seeds", "1", "--tests", "moe", "--learning-rate", "1e-2"])
+    assert faster.exit_code == 0, faster.output
+    page = (out / "ostix360.md").read_text()
+    assert "- moe, variant 1: learning_rate=0.01.\n" in page
+    differences = [line[0] for line in table(page[page.index("## Differences") : page.index("## Time")])]
+    assert differences[1:] == [
+        f"{name} − {baseline}"
+        for baseline in ("moe", "moe, variant 1")
+        for name in ("peer", "peer, variant 1", "peer_glu")
+    ]
 
     full = invoke(cli.app, [*command, "--full", "--dry-run"])
     assert full.exit_code == 0, full.output  # the other ledger's runs have other settings

@@ -302,6 +302,14 @@ def ostix360(
             show_default=False,
         ),
     ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate of all tests, of the baseline, too: variants beside them in the report. "
+            "By default the predecessor's, 0.0005.",
+            show_default=False,
+        ),
+    ] = None,
     seeds: Seeds = 3,
     timed_steps: Annotated[
         int, typer.Option(min=3, help="Steps of each model that are timed after the training runs.")
@@ -337,7 +345,7 @@ def ostix360(
     Same shapes and schedule as there, by default with a smaller vocabulary, fewer tokens and text that needs
     no network. Loss, time of a step and peak memory; steps are timed after the training, the models in turns.
     """
-    from million_experts.studies.ostix360 import choose_tests, ostix360_runs, run_study
+    from million_experts.studies.ostix360 import choose_tests, name_variants, ostix360_runs, run_study
     from million_experts.studies.runs import print_runs
 
     scaled = {"data": DATA, "max_documents": None, "vocab_size": 4096, "steps": 1000}
@@ -353,13 +361,13 @@ def ostix360(
     }
     changes = ({} if full else scaled) | {name: value for name, value in given.items() if value is not None}
     arguments = layer_arguments("peer", peer)
-    selected = choose_tests(changes, arguments, _names(tests), budget)
-    variant = ",".join(f"{name}={value}" for name, value in arguments.items())
+    selected = choose_tests(changes, arguments, _names(tests), budget, learning_rate)
+    variants = name_variants(arguments, learning_rate)
     ledger = open_ledger(output, "ostix360-full" if full else "ostix360")  # other text, other losses
     if dry_run:
-        print_runs(ostix360_runs(selected, range(seeds), variant), ledger, Console())
+        print_runs(ostix360_runs(selected, range(seeds), variants), ledger, Console())
         return
-    run_study(selected, range(seeds), ledger, Console(), variant, command_line(context), timed_steps)
+    run_study(selected, range(seeds), ledger, Console(), variants, command_line(context), timed_steps)
     finish(ledger, Console())
 
 

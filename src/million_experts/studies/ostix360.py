@@ -32,6 +32,7 @@ MEASURED = "measured"  # the status of a row of times
 PRESETS = {"peer": "ostix360-test1", "peer_glu": "ostix360-test2", BASELINE: "ostix360-test3"}
 WARM_UP = 500 / 2500  # of the steps, there
 MOST_DIFFERENCE = 0.02  # between the tests' numbers of parameters
+_RATES = ("table_learning_rate", "retrieval_learning_rate")  # there all learn at one rate
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def choose_tests(
     peer: Mapping[str, Any] | None = None,
     tests: Iterable[str] = tuple(PRESETS),
     budget: float | None = None,
+    learning_rate: float | None = None,
 ) -> dict[str, TrainSettings]:
     """The settings of the tests, whose presets they are but for what is given.
 
@@ -72,6 +74,8 @@ def choose_tests(
         peer: arguments of the PEER layers in place of the presets', and `TABLE_SETTINGS`.
         tests: names in `PRESETS`.
         budget: training FLOPs of the baseline, in place of a number of steps: all tests take as many steps.
+        learning_rate: the peak of all tests, for tables and retrieval as well unless `peer` has theirs; None
+            for the presets'.
 
     With another vocabulary or arguments of PEER but `num_experts`, the pools are the squares that bring the
     models nearest to the baseline's number of parameters.
@@ -87,6 +91,9 @@ def choose_tests(
     if "steps" in changes:
         changes["warmup_steps"] = WARM_UP
     training = {name: arguments.pop(name) for name in TABLE_SETTINGS if name in arguments}
+    if learning_rate is not None:
+        changes["learning_rate"] = learning_rate
+        training = dict.fromkeys(_RATES, learning_rate) | training
     target = parameters(baseline)
     selected = {}
     for name in tests:
@@ -130,30 +137,38 @@ def _with_pool_for(settings: TrainSettings, target: int) -> TrainSettings:
     return sized(side)
 
 
+def name_variants(peer: Mapping[str, Any], learning_rate: float | None = None) -> dict[str, str]:
+    """What such arguments of `choose_tests` change in each test, as `name=value,...`; "" for nothing."""
+    rate = {} if learning_rate is None else {"learning_rate": learning_rate}
+    changes = {test: rate if test == BASELINE else {**rate, **peer} for test in PRESETS}
+    return {test: ",".join(f"{name}={value}" for name, value in own.items()) for test, own in changes.items()}
+
+
 def ostix360_runs(
-    tests: Mapping[str, TrainSettings], seeds: Iterable[int] = (0, 1, 2), variant: str = ""
+    tests: Mapping[str, TrainSettings],
+    seeds: Iterable[int] = (0, 1, 2),
+    variants: Mapping[str, str] | None = None,
 ) -> list[Run]:
     """The runs of the tests, seed by seed.
 
     Args:
         tests: of `choose_tests`.
-        variant: what is special about the PEER layers, as `name=value,...`; "" for the tests as they are.
-            The baseline has no variants.
+        variants: of `name_variants`; None for the tests as they are.
     """
     return [
         Run(STUDY, f"{labels['name']}-seed{seed}", replace(settings, seed=seed), labels)
         for seed in seeds
         for test, settings in tests.items()
-        for labels in [_labels(test, variant)]
+        for labels in [_labels(test, variants)]
     ]
 
 
-def speed_runs(tests: Mapping[str, TrainSettings], variant: str = "") -> list[Run]:
+def speed_runs(tests: Mapping[str, TrainSettings], variants: Mapping[str, str] | None = None) -> list[Run]:
     """What is timed: a row each, under names of their own."""
     return [
         Run(STUDY, f"{labels['name']}-speed", replace(settings, seed=0), labels)
         for test, settings in tests.items()
-        for labels in [_labels(test, variant)]
+        for labels in [_labels(test, variants)]
     ]
 
 
@@ -162,7 +177,7 @@ def run_study(
     seeds: Iterable[int],
     ledger: Ledger,
     console: Console,
-    variant: str = "",
+    variants: Mapping[str, str] | None = None,
     command: str = "",
     timed_steps: int = REPETITIONS,
 ) -> None:
@@ -171,8 +186,8 @@ def run_study(
     Times are compared with the baseline's, which are taken beside them: without it, or with it alone, none
     are taken. Raises what `execute` raises; times that an interruption leaves unfinished are taken again.
     """
-    execute(ostix360_runs(tests, seeds, variant), ledger, console, command=command)
-    runs = speed_runs(tests, variant)
+    execute(ostix360_runs(tests, seeds, variants), ledger, console, command=command)
+    runs = speed_runs(tests, variants)
     pending = ledger.missing(runs)
     baseline = next((run for run in runs if run.labels["test"] == BASELINE), None)
     if not pending or baseline is None or len(runs) < 2:
@@ -208,8 +223,8 @@ def run_study(
         ledger.append(row)
 
 
-def _labels(test: str, variant: str) -> dict[str, Any]:
-    variant = "" if test == BASELINE else variant
+def _labels(test: str, variants: Mapping[str, str] | None) -> dict[str, Any]:
+    variant = (variants or {}).get(test, "")
     return {
         "test": test,
         "variant": variant,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -119,16 +120,20 @@ def _layer(row: Row) -> str:
 
 
 def _differences(titles: Mapping[str, str], tests: dict[str, list[Row]]) -> str:
+    baselines = [name for name in titles if tests[name][0]["labels"]["test"] == BASELINE]
     lines = []
-    for name, title in titles.items():
-        if name == BASELINE or BASELINE not in tests:
+    for baseline, name in itertools.product(baselines, titles):
+        if name in baselines:
             continue
         cells = []
         for part in (_last, _training, _validation, *map(_test, _texts(tests))):
-            ours, theirs = ({row["seed"]: part(row) for row in tests[n]} for n in (name, BASELINE))
+            ours, theirs = ({row["seed"]: part(row) for row in tests[n]} for n in (name, baseline))
             cells.append(format_difference(paired_difference(ours, theirs)))
-        lines.append((f"{title} − {BASELINE}", *cells))
-    header = ("", f"training, last 1/{LAST}", "training, mean", "validation", *_texts(tests))
+        runs = run_names(tests[name]), run_names(tests[baseline])
+        lines.append((f"{titles[name]} − {titles[baseline]}", *cells, *runs))
+    header = (
+        "", f"training, last 1/{LAST}", "training, mean", "validation", *_texts(tests), "runs", "baseline's",
+    )  # fmt: skip
     return markdown_table(header, lines)
 
 
@@ -155,7 +160,7 @@ def _speed(titles: Mapping[str, str], speeds: dict[str, Row]) -> str:
     for name, title in titles.items():
         speed = speeds[name]["speed"]
         times = speed["seconds"]
-        peak, baseline = speed.get("peak_bytes"), name == BASELINE
+        peak, baseline = speed.get("peak_bytes"), speeds[name]["labels"]["test"] == BASELINE
         lines.append(
             (
                 title,
