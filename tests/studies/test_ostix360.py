@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from report_tables import table_cells
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -256,12 +256,6 @@ def make_row(run, loss, training):
     }  # fmt: skip
 
 
-def table(part):
-    lines = [line for line in part.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    return [cells[0], *cells[2:]]
-
-
 def test_the_report_puts_the_predecessors_figures_beside_ours(tmp_path):
     tests = choose_tests(SMALL)
     rows = []
@@ -285,7 +279,7 @@ def test_the_report_puts_the_predecessors_figures_beside_ours(tmp_path):
             }
         )  # fmt: skip
     parts = ostix360_report.sections(rows, tmp_path)
-    losses, differences, times = (table(part) for part in parts if part.startswith("|"))
+    losses, differences, times = (table_cells(part) for part in parts if part.startswith("|"))
     peer = dict(zip(losses[0], losses[1], strict=False))
     assert losses[1][:4] == ["peer (1: PEER, 8 x 30 of 36^2)", "8 x 30 of 1225", "7.65M", "22.2M"]
     # The last tenth of 20 steps: 1/19 and 1/20 above 4.4.
@@ -356,7 +350,9 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path, narrow, monkeyp
     assert faster.exit_code == 0, faster.output
     page = (out / "ostix360.md").read_text()
     assert "- moe, variant 1: learning_rate=0.01.\n" in page
-    differences = [line[0] for line in table(page[page.index("## Differences") : page.index("## Time")])]
+    differences = [
+        line[0] for line in table_cells(page[page.index("## Differences") : page.index("## Time")])
+    ]
     assert differences[1:] == [
         f"{name} − {baseline}"
         for baseline in ("moe", "moe, variant 1")

@@ -22,7 +22,9 @@ def test_what_expert_choice_loses_on_single_tokens_stands_with_its_runs():
     table, note = text.split("\n\n")
     assert len(table.splitlines()) == 4
     assert "`small-seed0,1,2`" in table
-    assert note == f"{ALONE_NOTE} 5.0000 ± 0.0000 for small (`small-seed1,2`)."
+    assert (
+        note == f"{ALONE_NOTE} 5.0000 ± 0.0000 for small, +0.9000 ± 0.0000 to evaluation (`small-seed1,2`)."
+    )
 
 
 def test_without_expert_choice_nothing_is_said_of_single_tokens():

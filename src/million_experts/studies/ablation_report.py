@@ -14,7 +14,7 @@ import matplotlib
 
 from million_experts.layers.retrieval import QUERY_NORMS
 from million_experts.lm.files import explained
-from million_experts.studies.ablation import AXES, FIXED, Setup
+from million_experts.studies.ablation import AXES, FIXED, Axis, Setup
 from million_experts.studies.runs import Row
 from million_experts.studies.statistics import Interval, paired_difference
 from million_experts.studies.tables import (
@@ -59,8 +59,7 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
         setups = study.present(axis.setups(study.base, study.pools))
         if any(setup != axis.reference(setup, study.base) for setup in setups):
             setups = setups if study.base in setups else study.present([study.base, *setups])
-            lines = [_line(study, setup, axis.reference(setup, study.base)) for setup in setups]
-            parts += [f"## {axis.question}", axis.note, markdown_table(_HEADER, lines)]
+            parts += [f"## {axis.question}", axis.note, _table(study, setups, axis)]
             if axis is AXES["num_experts"]:
                 parts.append(_each_step(study, sorted(setups, key=lambda setup: setup.num_experts)))
     parts += _table_2(study)
@@ -94,9 +93,16 @@ class _Study:
     def difference(self, setup: Setup, reference: Setup) -> Interval | None:
         return paired_difference(self.losses(setup), self.losses(reference))
 
+    def usages(self, setup: Setup, name: str) -> dict[int, float]:
+        """A figure of expert usage by seed, the mean over layers."""
+        return {
+            seed: fmean(layer[name] for layer in row["measured"]["usage"].values())
+            for seed, row in self.runs.get(setup, {}).items()
+        }
+
     def usage(self, setup: Setup, name: str) -> float:
-        """A figure of expert usage, the mean over seeds and layers."""
-        return fmean(layer[name] for row in self.rows(setup) for layer in row["measured"]["usage"].values())
+        """The mean over seeds of a figure of expert usage."""
+        return fmean(self.usages(setup, name).values())
 
 
 def _training(row: Row) -> str:
@@ -112,13 +118,19 @@ def _usage_tokens(rows: Sequence[Row]) -> str:
     return " or ".join(f"{count:,}" for count in sorted(counts)) or "no"
 
 
-_HEADER = (
-    "change", "validation, nats", "perplexity", "difference", "", "usage", "unevenness", "FLOPs a token",
-    "seconds a step", "runs",
-)  # fmt: skip
+def _table(study: _Study, setups: Sequence[Setup], axis: Axis) -> str:
+    rows = [row for setup in setups for row in study.rows(setup)]
+    # Times of other processors, or with other threads, cannot be compared.
+    timed = len({(row["machine"]["cpu"], row["threads"]) for row in rows}) == 1
+    header = (
+        "change", "validation, nats", "perplexity", "difference", "", "usage", "unevenness", "FLOPs a token",
+        *(["seconds a step"] if timed else []), "runs",
+    )  # fmt: skip
+    lines = [_line(study, setup, axis.reference(setup, study.base), timed) for setup in setups]
+    return markdown_table(header, lines)
 
 
-def _line(study: _Study, setup: Setup, reference: Setup) -> tuple[str, ...]:
+def _line(study: _Study, setup: Setup, reference: Setup, timed: bool) -> tuple[str, ...]:
     rows, loss = study.rows(setup), study.loss(setup)
     found = study.difference(setup, reference) if setup != reference else None
     return (
@@ -130,7 +142,7 @@ def _line(study: _Study, setup: Setup, reference: Setup) -> tuple[str, ...]:
         f"{study.usage(setup, 'usage'):.1%}",
         f"{study.usage(setup, 'unevenness'):.2f}",
         f"{rows[0]['flops']['per_token'] / 1e6:.2f}M",
-        f"{fmean(row['seconds_per_step'] for row in rows):.3f}",
+        *([f"{fmean(row['seconds_per_step'] for row in rows):.3f}"] if timed else []),
         run_names(rows),
     )
 
@@ -142,13 +154,14 @@ def _each_step(study: _Study, setups: Sequence[Setup]) -> str:
         found = study.difference(larger, smaller)
         if found is not None:
             step = f"{smaller.num_experts:,} to {larger.num_experts:,}"
-            lines.append((step, format_interval(found, 4, signed=True), f"{found.n}", found.verdict))
-    return markdown_table(("from one pool to the next", "difference, nats", "seeds", ""), lines)
+            runs = run_names([*study.rows(smaller), *study.rows(larger)])
+            lines.append((step, format_interval(found, 4, signed=True), f"{found.n}", found.verdict, runs))
+    return markdown_table(("from one pool to the next", "difference, nats", "seeds", "", "runs"), lines)
 
 
 def _table_2(study: _Study) -> list[str]:
     """The paper's Table 2, of ours and its own figures."""
-    lines, holds, asked = [], [], 0
+    lines, gains = [], []
     for pool in study.pools:
         setups = {
             norm: replace(study.base, num_experts=pool, query_norm=norm)
@@ -171,11 +184,7 @@ def _table_2(study: _Study) -> list[str]:
         lines.append(
             (f"{pool:,}", *cells, run_names(row for setup in own.values() for row in study.rows(setup)))
         )
-        asked += 1
-        holds += [pool] * (
-            study.usage(own["batch"], "usage") > study.usage(own["none"], "usage")
-            and study.usage(own["batch"], "unevenness") < study.usage(own["none"], "unevenness")
-        )
+        gains.append((f"{pool:,}", *_gains(study, own["batch"], own["none"])))
     if not lines:
         return []
     header = (
@@ -186,9 +195,26 @@ def _table_2(study: _Study) -> list[str]:
         "Each cell: without a norm / with BatchNorm / with LayerNorm; the paper's: without / with "
         "BatchNorm. Its models are larger by far, its text is C4: compare the differences, not the levels.",
         markdown_table(header, lines),
-        f"BatchNorm gives both higher usage and lower unevenness than no norm at {len(holds)} of {asked} "
-        "sizes" + (f" ({', '.join(f'{pool:,}' for pool in holds)})." if 0 < len(holds) < asked else "."),
+        "What BatchNorm changes against no norm, paired by seed:",
+        markdown_table(
+            ("N", "validation, nats", "", "usage, points", "", "unevenness, nats", "", "seeds"), gains
+        ),
     ]
+
+
+def _gains(study: _Study, own: Setup, other: Setup) -> list[str]:
+    """Differences of loss, usage and unevenness, each with its verdict, and the number of pairs."""
+
+    def points(setup: Setup) -> dict[int, float]:
+        return {seed: 100 * share for seed, share in study.usages(setup, "usage").items()}
+
+    loss = study.difference(own, other)
+    usage = paired_difference(points(own), points(other))
+    unevenness = paired_difference(study.usages(own, "unevenness"), study.usages(other, "unevenness"))
+    cells: list[str] = []
+    for found, digits in ((loss, 4), (usage, 1), (unevenness, 2)):
+        cells += ["—", ""] if found is None else [format_interval(found, digits, True), found.verdict]
+    return [*cells, "0" if loss is None else str(loss.n)]
 
 
 def _modes(study: _Study) -> list[str]:

@@ -291,9 +291,13 @@ def _best_models(study: _Study, budget: float) -> str:
                     f"{row['tokens'] / 1e6:.2f}M",
                     f"{row['labels']['learning_rate']:g}",
                     _usage(row),
+                    run_names([row]),
                 )
             )
-    header = ("method", "size", "parameters", "FLOPs a token", "tokens", "learning rate", "experts used")
+    header = (
+        "method", "size", "parameters", "FLOPs a token", "tokens", "learning rate", "experts used",
+        "run of the first seed",
+    )  # fmt: skip
     parts.append(markdown_table(header, lines))
     for test in study.tests:
         lines = []

@@ -43,7 +43,7 @@ def write_report(ledger: Ledger) -> Path:
     ledger.path.parent.mkdir(parents=True, exist_ok=True)
     parts = [
         f"# {title}",
-        f"{len(rows)} runs, a row each in [{ledger.path.name}]({ledger.path.name}) under the name that "
+        f"{_count(rows)}, a row each in [{ledger.path.name}]({ledger.path.name}) under the name that "
         "stands with every number. Losses are of whole documents, in nats per token; choices were made by "
         "the validation text alone.",
         tables.provenance(rows),
@@ -58,6 +58,11 @@ def write_report(ledger: Ledger) -> Path:
     path = ledger.path.with_suffix(".md")
     write_whole(path, "\n\n".join(part for part in parts if part) + "\n")
     return path
+
+
+def _count(rows: Sequence[Row]) -> str:
+    runs = sum("steps" in row for row in rows)
+    return f"{runs} runs" + (f" and {len(rows) - runs} timings" if runs < len(rows) else "")
 
 
 def write_reports(folder: Path) -> list[Path]:

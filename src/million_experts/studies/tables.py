@@ -72,7 +72,7 @@ def provenance(rows: Sequence[Row]) -> str:
         counts[line] = counts.get(line, 0) + 1
     if len(counts) == 1:
         return next(iter(counts))
-    return "\n".join(f"- {number} runs: {line}" for line, number in counts.items())
+    return "\n".join(f"- {number} rows: {line}" for line, number in counts.items())
 
 
 def texts_table(rows: Sequence[Row]) -> str:
@@ -137,8 +137,13 @@ def modes_table(groups: Iterable[tuple[str, Sequence[Row]]]) -> str:
             )
         known_alone = [row for row in rows if "loss_alone" in found.get(row["name"], {})]
         if known_alone:
-            losses = [found[row["name"]]["loss_alone"] for row in known_alone]
-            alone.append(f"{format_interval(interval(losses), 4)} for {name} ({run_names(known_alone)})")
+            modes = [found[row["name"]] for row in known_alone]
+            loss = format_interval(interval([m["loss_alone"] for m in modes]), 4)
+            above = interval([m["loss_alone"] - m["loss_eval_mode"] for m in modes])
+            alone.append(
+                f"{loss} for {name}, {format_interval(above, 4, signed=True)} to evaluation "
+                f"({run_names(known_alone)})"
+            )
         lines.append(
             (
                 name,
@@ -159,6 +164,11 @@ def modes_table(groups: Iterable[tuple[str, Sequence[Row]]]) -> str:
 
 
 def commands(rows: Iterable[Row]) -> str:
-    """The commands that made the rows, each once, as a block."""
-    lines = dict.fromkeys(row["command"] for row in rows if row.get("command"))
-    return "```console\n" + "\n".join(lines) + "\n```"
+    """The commands that made the rows, each once and with the commits that it was given at, as a block."""
+    commits: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.get("command"):
+            commits.setdefault(row["command"], {})[(row.get("commit") or "no commit")[:12]] = None
+    lines = [f"# {', '.join(found)}\n{command}" for command, found in commits.items()]
+    note = "Each under the commits at which it was given; options left out have the defaults of that time."
+    return "\n\n".join([note, "```console\n" + "\n".join(lines) + "\n```"])
