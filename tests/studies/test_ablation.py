@@ -146,14 +146,23 @@ def test_a_budget_decides_on_the_steps(tiny_settings):
     ("arguments", "message"),
     [
         ({"axes": ["trees"]}, "axes must be among num_experts, .*, got 'trees'"),
-        ({"pools": (64, 25)}, r"at least experts_per_head=6 sub-keys, got 25 = 5 \* 5"),
+        ({"pools": (64, 25)}, r"^pools must .* at least experts_per_head=6 sub-keys, got 25 = 5 \* 5"),
         ({"pools": (67,)}, "num_experts=67 has no factorisation"),
         ({"budget": 10.0}, "budget must pay for 10 steps at least"),
+        ({"budget": math.nan}, "budget must be finite, got nan"),
+        ({"budget": math.inf}, "budget must be finite, got inf"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(arguments, message, tiny_settings):
     with pytest.raises(ValueError, match=message):
         ablation_runs(make_base(tiny_settings), **arguments)
+
+
+def test_a_base_that_retrieves_more_than_there_is_is_refused(tiny_settings):
+    base = make_base(tiny_settings)
+    base.peer |= {"num_experts": 25}
+    with pytest.raises(ValueError, match=r"^num_experts must .* got 25 = 5 \* 5"):
+        ablation_runs(base, pools=(64,))
 
 
 def test_usage_is_that_of_the_tokens_asked_for(tiny_settings):

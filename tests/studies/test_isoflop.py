@@ -538,6 +538,7 @@ def test_mistakes_are_named_in_a_line(command, tmp_path):
         ([*command, "--methods", "dense,tree"], "methods must be of"),
         ([*command, "--peer", "num_experts"], "--peer must be name=value, got 'num_experts'"),
         ([*command, "--learning-rates", "fast"], "learning_rates must be numbers"),
+        (["study", "ablation", "--pools", "64.5"], "pools must be whole numbers"),
         ([*command, "--budget", "1e3"], "budget must pay for 10 steps at least"),
         (["study", "report", str(tmp_path / "nowhere")], "no ledger of a study in"),
     ):

@@ -215,10 +215,10 @@ def ablation_runs(
         if name not in AXES:
             raise ValueError(f"axes must be among {', '.join(AXES)}, got {name!r}")
         setups += AXES[name].setups(own, pools)
-    for pool in (own.num_experts, *pools):
+    for name, pool in (("num_experts", own.num_experts), *(("pools", pool) for pool in pools)):
         if not replace(own, num_experts=pool).exists:
             raise ValueError(
-                f"pools must have codebooks of at least experts_per_head={own.experts_per_head} sub-keys, "
+                f"{name} must have codebooks of at least experts_per_head={own.experts_per_head} sub-keys, "
                 f"got {pool} = {' * '.join(map(str, factorise(pool)))}"
             )
     runs = []

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -144,7 +144,7 @@ def isoflop(
         methods=tuple(_names(methods)),
         seeds=seeds,
         sizes=by_budget(budget, [tuple(map(Size.parse, _names(text))) for text in sizes or ()]),
-        learning_rates=_numbers("learning_rates", learning_rates),
+        learning_rates=_numbers("learning_rates", learning_rates, float),
         arguments={name: layer_arguments(name, pairs) for name, pairs in given.items() if pairs},
         table_rate=table_rate,
         retrieval_rate=retrieval_rate,
@@ -255,7 +255,7 @@ def ablation(
         base,
         tuple(AXES) if axes is None else _names(axes),
         range(seeds),
-        tuple(int(pool) for pool in _numbers("pools", pools)),
+        _numbers("pools", pools, int),
         budget,
     )
     ledger = open_ledger(output, "ablation")
@@ -447,8 +447,12 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def _numbers(name: str, text: str) -> tuple[float, ...]:
+_Number = TypeVar("_Number", int, float)
+
+
+def _numbers(name: str, text: str, kind: type[_Number]) -> tuple[_Number, ...]:
     try:
-        return tuple(map(float, text.split(",")))
+        return tuple(map(kind, text.split(",")))
     except ValueError as error:
-        raise ValueError(f"{name} must be numbers with commas between, got {text!r}") from error
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{name} must be {what} with commas between, got {text!r}") from error

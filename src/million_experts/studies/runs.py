@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import os
 import statistics
 import time
@@ -82,8 +83,10 @@ def training_steps(budget: float, settings: TrainSettings) -> int:
     """Steps that `budget` training FLOPs of the settings' model pay for, rounded down.
 
     Raises:
-        ValueError: fewer than `LEAST_STEPS`; the budget that would do is named.
+        ValueError: fewer than `LEAST_STEPS`, where the budget that would do is named; or no number of FLOPs.
     """
+    if not math.isfinite(budget):
+        raise ValueError(f"budget must be finite, got {budget}")
     config = model_config(settings, settings.vocab_size)
     step = training_flops_per_token(config, settings.context).total * settings.tokens_per_step()
     if budget < LEAST_STEPS * step:
