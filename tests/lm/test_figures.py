@@ -28,13 +28,13 @@ YARDSTICKS = {"unigram": 2.5, "interpolated bigram": 1.5, "test, this model": 1.
 def drawn(monkeypatch):
     """The figures, as they are when they are saved."""
     kept = []
-    save = figures._save
+    save = figures.save_figure
 
     def keep(figure, path):
         kept.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(figures, "_save", keep)
+    monkeypatch.setattr(figures, "save_figure", keep)
     return kept
 
 

@@ -21,6 +21,7 @@ from million_experts.benchmarks.cases import CENTRE
 from million_experts.benchmarks.cases_steps import DENSE_GRADIENTS, SMALL, SPARSE
 from million_experts.benchmarks.report import format_bytes, format_seconds, outcomes
 from million_experts.benchmarks.targets import Row
+from million_experts.lm.figures import save_figure
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -153,7 +154,7 @@ def sweep_figure(sweep: Sweep, rows: Iterable[Row], path: Path) -> bool:
     figure.suptitle(
         f"{sweep.about}, 8 heads, {sweep.precision}; bands lie between the quartiles", fontsize=11
     )
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -220,10 +221,5 @@ def targets_figure(rows: Sequence[Row], path: Path) -> bool:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=140)
-    plt.close(figure)

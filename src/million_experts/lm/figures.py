@@ -1,5 +1,6 @@
 """Figures of a run, as PNG files."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ import matplotlib
 import numpy as np
 
 from million_experts.layers import ExpertUsage
-from million_experts.lm.files import explained
+from million_experts.lm.files import write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#2a6fb0", "#d9772b", "#777777"
 
@@ -50,7 +52,7 @@ def loss_figure(
     if axes.lines:
         axes.legend(framealpha=1, edgecolor="none", borderaxespad=0)  # opaque: a yardstick may pass behind
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def resources_figure(
@@ -80,7 +82,7 @@ def resources_figure(
         axes.spines[["top", "right"]].set_visible(False)
     below.set_xlabel("step")
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def usage_figure(usages: Mapping[str, ExpertUsage], title: str, path: Path) -> None:
@@ -111,7 +113,7 @@ def usage_figure(usages: Mapping[str, ExpertUsage], title: str, path: Path) -> N
         axes.legend(frameon=False, loc="lower left")
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _rank_curve(axes: Any, shares: np.ndarray, **style: Any) -> None:
@@ -121,7 +123,9 @@ def _rank_curve(axes: Any, shares: np.ndarray, **style: Any) -> None:
     axes.plot(ranks, used[ranks - 1], **style)
 
 
-def _save(figure: Any, path: Path) -> None:
-    with explained(path.name, path.parent):
-        figure.savefig(path, dpi=140)
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, whole, and closes it."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=140)
     plt.close(figure)
+    write_whole(path, picture.getvalue())

@@ -52,14 +52,15 @@ def _why_not_written(error: Exception) -> str | None:
     return None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that its name never stands for half of it."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file, text as UTF-8, so that its name never stands for half of it."""
+    data = content.encode() if isinstance(content, str) else content
     partial = path.with_name(f".{path.name}-{os.getpid()}")
     with explained(path.name, path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(text)
+            with open(partial, "wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)

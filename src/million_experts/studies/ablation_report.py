@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 
 from million_experts.layers.retrieval import QUERY_NORMS
-from million_experts.lm.files import explained
+from million_experts.lm.figures import save_figure
 from million_experts.studies.ablation import AXES, FIXED, Axis, Setup
 from million_experts.studies.runs import Row
 from million_experts.studies.statistics import Interval, paired_difference
@@ -248,7 +248,7 @@ def _figures(study: _Study, folder: Path) -> list[str]:
             panels[-1].set(xlabel=f"experts at work, {study.base.num_experts:,} in the pool")
             _show_numbers(panels[-1], [setup.active for setup in active])
         panels[0].set(ylabel="validation loss, nats per token")
-        _save(figure, folder / LOSS_FIGURE)
+        save_figure(figure, folder / LOSS_FIGURE)
         parts.append(
             f"![Validation loss against experts]({LOSS_FIGURE})\n\nPoints are runs, lines the means over "
             "seeds."
@@ -266,7 +266,7 @@ def _figures(study: _Study, folder: Path) -> list[str]:
         right.set(ylabel="unevenness, nats")
         right.set_ylim(bottom=0)
         right.legend(title="query norm", frameon=False)
-        _save(figure, folder / USAGE_FIGURE)
+        save_figure(figure, folder / USAGE_FIGURE)
         parts.append(f"![Expert usage and unevenness against the pool]({USAGE_FIGURE})")
     return ["## Figures", *parts] if parts else []
 
@@ -296,9 +296,3 @@ def _curve(axes: Any, study: _Study, setups: Sequence[Setup], size: Any, norm: s
         losses = list(study.losses(setup).values())
         axes.plot([size(setup)] * len(losses), losses, marker, color=color, ms=4, mfc="none", alpha=0.6)
     axes.plot([size(s) for s in setups], [study.loss(s) for s in setups], color=color, label=norm)
-
-
-def _save(figure: Any, path: Path) -> None:
-    with explained(path.name, path.parent):
-        figure.savefig(path, dpi=140)
-    plt.close(figure)

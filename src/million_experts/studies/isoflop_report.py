@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from million_experts.lm.files import explained
+from million_experts.lm.figures import save_figure
 from million_experts.models.feed_forwards import FEED_FORWARDS
 from million_experts.studies.isoflop import METHODS, SWEEP, format_budget, validation_loss
 from million_experts.studies.runs import Row
@@ -371,6 +371,4 @@ def _figure(study: _Study, path: Path) -> None:
     panels[0][0].set_ylabel("validation loss, nats per token")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
-    with explained(path.name, path.parent):
-        figure.savefig(path, dpi=140)
-    plt.close(figure)
+    save_figure(figure, path)
