@@ -1,5 +1,6 @@
 """What README and docs tell people to type is run: Python blocks, commands, and the examples."""
 
+import itertools
 import json
 import re
 import shlex
@@ -219,7 +220,44 @@ def test_the_committed_reports_are_those_of_the_committed_rows(ledger, tmp_path)
     assert figures <= {path.name for path in ledger.parent.glob("*.png")}
 
 
-def test_the_readmes_figures_of_the_studies_are_those_of_the_rows():
+def read_rows(ledger: str) -> list[dict]:
+    return Ledger(ROOT / "docs/results" / ledger).rows()
+
+
+def prose(start: str, end: str) -> str:
+    """A part of the README, with single spaces."""
+    readme = (ROOT / "README.md").read_text()
+    at = readme.index(start)
+    return " ".join(readme[at : readme.index(end, at)].split())
+
+
+def by_seed(rows, figure) -> dict[int, float]:
+    return {row["seed"]: figure(row) for row in rows}
+
+
+def best_losses(budget: float) -> dict[str, dict[str, dict[int, float]]]:
+    """Of each method's best model: loss by test, both texts as one too, and by seed."""
+    runs = [row for row in read_rows("studies/isoflop.jsonl") if row["labels"]["budget"] == budget]
+    losses: dict[str, dict[str, dict[int, float]]] = {}
+    for method in {row["labels"]["method"] for row in runs}:
+        own = [row for row in runs if row["labels"]["method"] == method]
+        first = min((row for row in own if row["seed"] == 0), key=lambda row: row["validation"]["loss"])
+        same = ("size", "learning_rate")
+        best = [row for row in own if all(row["labels"][name] == first["labels"][name] for name in same)]
+        losses[method] = {
+            test: by_seed(best, lambda row, test=test: row["tests"][test]["loss"]) for test in TESTS
+        }
+        losses[method]["both"] = by_seed(
+            best,
+            lambda row: (
+                sum(row["tests"][test]["loss"] * row["tests"][test]["tokens"] for test in TESTS)
+                / sum(row["tests"][test]["tokens"] for test in TESTS)
+            ),
+        )
+    return losses
+
+
+def test_the_readmes_table_of_the_studies_is_that_of_the_rows():
     """Of the larger budget: every method's loss, and how much lower PEER's is, with the interval."""
     readme = (ROOT / "README.md").read_text()
     start = readme.index("## Does it learn more")
@@ -233,18 +271,8 @@ def test_the_readmes_figures_of_the_studies_are_those_of_the_rows():
         "moe": "mixture of 8 experts, 2 a token",
         "dense": "dense",
     }
-    runs = [
-        row
-        for row in Ledger(ROOT / "docs/results/studies/isoflop.jsonl").rows()
-        if row["labels"]["budget"] == 2e13
-    ]
-    losses: dict[str, dict[str, dict[int, float]]] = {}  # by method, test and seed, at the method's best size
-    assert {row["labels"]["method"] for row in runs} == names.keys()
-    for method in names:
-        own = [row for row in runs if row["labels"]["method"] == method]
-        first = min((row for row in own if row["seed"] == 0), key=lambda row: row["validation"]["loss"])
-        best = [row for row in own if row["labels"]["size"] == first["labels"]["size"]]
-        losses[method] = {test: {row["seed"]: row["tests"][test]["loss"] for row in best} for test in TESTS}
+    losses = best_losses(2e13)
+    assert losses.keys() == names.keys()
     for method, name in names.items():
         cells = []
         for test in TESTS:
@@ -257,6 +285,104 @@ def test_the_readmes_figures_of_the_studies_are_those_of_the_rows():
                 lower = paired_difference(theirs, losses["peer"][test])
                 cells += [mean, f"{lower.mean:.3f} ({lower.low:.3f} to {lower.high:.3f})"]
         assert shown[name] == cells, name
+
+
+def test_the_readmes_leads_of_both_budgets_are_those_of_the_rows():
+    text = prose("## Does it learn more", "More experts help")
+    losses = best_losses(2e13)
+    lead = paired_difference(losses["dense"]["both"], losses["peer"]["both"])
+    assert f"the lead over dense layers is {lead.mean:.3f} ({lead.low:.3f} to {lead.high:.3f})" in text
+    losses = best_losses(5e12)
+    for method, words in (
+        ("dense", "over dense layers"),
+        ("moe", "over the mixture"),
+        ("expert_choice", "over expert choice"),
+    ):
+        leads = [paired_difference(losses[method][test], losses["peer"][test]) for test in TESTS]
+        assert all(lead.low > 0 for lead in leads)
+        assert f"{leads[0].mean:.3f} and {leads[1].mean:.3f} {words}" in text
+    articles, speeches = (
+        paired_difference(losses["memory_plus"][test], losses["peer"][test]) for test in TESTS
+    )
+    assert articles.verdict == "tie"
+    assert f"{articles.mean:.3f} (barely a tie) and {speeches.mean:.3f} over Memory+" in text
+    for test in TESTS:
+        assert paired_difference(losses["pkm"][test], losses["peer"][test]).verdict == "tie"
+
+
+def test_the_readmes_figures_of_pools_and_norms_are_those_of_the_rows():
+    text = prose("More experts help", "![Validation loss over the number")
+
+    def setups(ledger):
+        found: dict[tuple[int, str], list[dict]] = {}
+        for row in read_rows(ledger):
+            setup = row["labels"]["setup"]
+            if row["labels"]["variant"] == "base" or set(row["labels"]["variant"].split(",")) <= {
+                f"{name}={setup[name]}" for name in ("num_experts", "query_norm")
+            }:
+                found.setdefault((setup["num_experts"], setup["query_norm"]), []).append(row)
+        return found
+
+    def lower(larger, smaller):
+        return paired_difference(
+            *(by_seed(rows, lambda row: row["validation"]["loss"]) for rows in (smaller, larger))
+        )
+
+    pools = [16_384, 65_536, 262_144, 1_048_576]
+    found = setups("pools-heads8/ablation.jsonl")
+    steps = [lower(found[b, "batch"], found[a, "batch"]) for a, b in itertools.pairwise(pools)]
+    assert all(step.low > 0 and step.n == 6 for step in steps)
+    means = "by {:.3f}, {:.3f} and {:.3f} nats, no ties (six seeds)".format(*(step.mean for step in steps))
+    whole = lower(found[pools[-1], "batch"], found[pools[0], "batch"])
+    assert f"{means}; from end to end by {whole.mean:.3f} ({whole.low:.3f} to {whole.high:.3f})" in text
+
+    found = setups("studies/ablation.jsonl")
+    gains = [lower(found[pool, "batch"], found[pool, "none"]) for pool in pools]
+    assert all(gain.low > 0 and gain.n == 3 for gain in gains)
+    means = sorted(gain.mean for gain in gains)
+    assert f"is worth {means[0]:.3f} to {means[-1]:.3f} nats over none in every pool" in text
+
+    def used(pool, norm):
+        (layer,) = found[pool, norm][0]["measured"]["usage"]
+        shares = [row["measured"]["usage"][layer]["usage"] for row in found[pool, norm]]
+        return f"{100 * sum(shares) / len(shares):.0f} %"
+
+    for pool, name in ((pools[0], "16,384"), (pools[-1], "a million")):
+        assert f"{used(pool, 'batch')} of {name} where it is {used(pool, 'none')}" in text
+
+
+def test_the_readmes_figures_of_the_predecessors_tests_are_those_of_the_rows():
+    text = prose("In the three tests of", "## On a GPU")
+    rows = read_rows("studies/ostix360.jsonl")
+    runs: dict[str, list[dict]] = {}
+    speeds = {row["labels"]["name"]: row["speed"] for row in rows if "speed" in row}
+    for row in rows:
+        if "speed" not in row:
+            runs.setdefault(row["labels"]["name"], []).append(row)
+
+    def differences(ours, theirs):
+        return [
+            paired_difference(
+                *(by_seed(runs[name], lambda row, t=test: row["tests"][t]["loss"]) for name in (ours, theirs))
+            )
+            for test in TESTS
+        ]
+
+    (variant,) = (name for name in runs if "experts_per_head=20" in name)
+    articles, speeches = differences("moe", variant)
+    assert articles.n == speeches.n == 3
+    assert (
+        f"has {articles.mean:.3f} nats less test loss on articles and {speeches.mean:.3f} on speeches than "
+        f"Mixtral's mixture ({articles.low:.3f} to {articles.high:.3f} and {speeches.low:.3f} to "
+        f"{speeches.high:.3f}, three seeds), in {speeds[variant]['time_ratio']:.2f} of its time and "
+        f"{speeds[variant]['memory_ratio']:.2f} of its memory"
+    ) in text
+    least, most = sorted(found.mean for found in differences("peer", "moe"))
+    assert f"has {least:.2f} to {most:.2f} nats more" in text
+    assert (
+        f"in {speeds['peer']['time_ratio']:.2f} of the time and {speeds['peer']['memory_ratio']:.2f} of"
+        in text
+    )
 
 
 @pytest.mark.slow
