@@ -106,15 +106,17 @@ def peer_pytorch(shared: Shared, *, optimizer: str, **shape: Any) -> Workload:
 
 
 class LanguageModel(nn.Module):
-    """A language model in the precision that `million-experts train` takes here; returns the loss."""
+    """The loss of a language model in the precision of its training, bfloat16 if `narrow`."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, narrow: bool):
         super().__init__()
-        self.model, self.narrow = model, takes_bfloat16("auto")
+        self.model, self.narrow = model, narrow
 
-    def forward(self, ids_BS: Tensor) -> Tensor:
+    def forward(self, ids_BS: Tensor, positions_BS: Tensor | None = None) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.narrow):
-            return self.model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
+            return self.model(
+                input_ids=ids_BS, position_ids=positions_BS, labels=ids_BS, use_cache=False
+            ).loss
 
 
 def language_model(
@@ -128,7 +130,7 @@ def language_model(
     if found is not None:
         part = Workload(found, peers.draw_tokens(tokens, found.dim))
     return Workload(
-        LanguageModel(model),
+        LanguageModel(model, takes_bfloat16("auto")),
         lambda generator: (torch.randint(vocab_size, sizes, generator=generator),),
         like_tokens=False,
         optimizer=AsInTraining(OPTIMIZERS[optimizer]),

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from million_experts.benchmarks.memory import can_measure, measure_peaks
 from million_experts.benchmarks.optimizers import AdamW, AsInTraining, Rowwise
+from million_experts.benchmarks.steps import LanguageModel
 from million_experts.benchmarks.timing import interleave, make_run, summarise, warm_up
 from million_experts.benchmarks.workload import Competitor, Workload
 from million_experts.lm.memory import takes_bfloat16
@@ -25,20 +26,6 @@ from million_experts.models.attention import with_fast_attention
 from million_experts.models.feed_forwards import FEED_FORWARDS
 
 REPETITIONS = 36
-
-
-class _Loss(nn.Module):
-    """The loss of a language model in the precision of its training."""
-
-    def __init__(self, model: nn.Module, narrow: bool):
-        super().__init__()
-        self.model, self.narrow = model, narrow
-
-    def forward(self, ids_BL: Tensor, positions_BL: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.narrow):
-            return self.model(
-                input_ids=ids_BL, position_ids=positions_BL, labels=ids_BL, use_cache=False
-            ).loss
 
 
 def language_model(
@@ -67,7 +54,7 @@ def language_model(
     narrow = takes_bfloat16(own.precision)
     model = with_fast_attention(PeerForCausalLM(model_config(own, vocab_size)), narrow)
     return Workload(
-        _Loss(model, narrow),
+        LanguageModel(model, narrow),
         draw,
         like_tokens=False,
         optimizer=AsInTraining(optimizer, own.max_grad_norm, (own.table_adam_beta1, own.adam_beta2)),
