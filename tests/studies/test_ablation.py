@@ -265,7 +265,8 @@ def test_norms_are_compared_within_a_pool(report):
     assert lines["num_experts=256,query_norm=none"][3:5] == ["+0.1000 ± 0.0000", "higher"]
     assert lines["num_experts=256"][3:5] == ["—", ""]
     steps = part_after(parts, AXES["num_experts"].question, 2)
-    assert steps[1][:4] == ["64 to 256", "-0.5000 ± 0.0000", "3", "lower"]
+    runs = "`base-seed0,1,2`, `num_experts=256-seed0,1,2`"
+    assert steps[1] == ["64 to 256", "-0.5000 ± 0.0000", "3", "lower", runs]
 
 
 def test_table_2_stands_beside_the_papers(report, tiny_settings, tmp_path):

@@ -303,6 +303,8 @@ def test_a_later_sweep_of_another_budget_decides_nothing(tiny_settings, ledger, 
         ledger.append(make_row(run, 1.0))
     page = "\n\n".join(isoflop_report.sections(ledger.rows(), tmp_path))
     assert table_after(page, "## Learning rates") == before
+    assert "Validation loss at 3e8 FLOPs" in page
+    assert {cells[1] for cells in before[1:]} == {"24x2"}
     assert "Validation loss at 2e9 FLOPs" not in page
 
 

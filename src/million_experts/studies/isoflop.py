@@ -184,11 +184,6 @@ class Options:
         near = sorted(LADDER, key=lambda size: abs(math.log(ratios[size] / math.sqrt(low * high))))[:3]
         return tuple(size for size in LADDER if size in near)
 
-    def middle_size(self, budget: float) -> Size:
-        """The size at which learning rates are swept."""
-        sizes = self.sizes_at(budget)
-        return sizes[len(sizes) // 2]
-
     def _tokens_per_parameter(self, size: Size, budget: float) -> float:
         config = model_config(self._settings("dense", size), self.base.vocab_size)
         tokens = budget / training_flops_per_token(config, self.base.context).total
@@ -262,19 +257,20 @@ def plan(options: Options, ledger: Ledger) -> list[Plan]:
     done = {row["name"]: row for row in ledger.rows()}
     budgets, methods = sorted(options.budgets), options.methods
     swept = budgets if options.sweep_every_budget else budgets[:1]
+    sizes = {budget: options.sizes_at(budget) for budget in budgets}
     seeds = range(1, options.seeds)
 
     sweep = {
         (method, budget): [
-            options.run(method, budget, options.middle_size(budget), rate, 0, SWEEP)
+            options.run(method, budget, sizes[budget][len(sizes[budget]) // 2], rate, 0, SWEEP)
             for rate in options.learning_rates
         ]
         for budget in swept
         for method in methods
     }
-    sizes_later = {b: len(methods) * (len(options.sizes_at(b)) - (b in swept)) for b in budgets}
+    sizes_later = {b: len(methods) * (len(sizes[b]) - (b in swept)) for b in budgets}
     seeds_later = {
-        b: len(methods) * len(seeds) * (len(options.sizes_at(b)) if options.all_sizes else 1) for b in budgets
+        b: len(methods) * len(seeds) * (len(sizes[b]) if options.all_sizes else 1) for b in budgets
     }
 
     def later(*counts: dict[float, int]) -> tuple[int, float]:
@@ -288,9 +284,7 @@ def plan(options: Options, ledger: Ledger) -> list[Plan]:
     best = {key: _best(runs, done).labels["learning_rate"] for key, runs in sweep.items()}
     rates = {(m, b): best.get((m, b), best[m, budgets[0]]) for b in budgets for m in methods}
     by_size = {
-        (method, budget): [
-            options.run(method, budget, size, rate, 0, SIZES) for size in options.sizes_at(budget)
-        ]
+        (method, budget): [options.run(method, budget, size, rate, 0, SIZES) for size in sizes[budget]]
         for (method, budget), rate in rates.items()
     }
     plans.append(Plan(SIZES, _together(by_size.values()), *later(seeds_later)))

@@ -117,9 +117,8 @@ class _Study:
 
     def _sweep_for(self, method: str, budget: float) -> list[Row]:
         """The sweep that holds at a budget: its own, else that of the smallest."""
-        own = self.sweeps.get((method, budget))
         first = (sweep for (swept, _), sweep in self.sweeps.items() if swept == method)
-        return own if own is not None else next(first, [])
+        return self.sweeps.get((method, budget)) or next(first, [])
 
     def first_seed(self, method: str, budget: float) -> list[Row]:
         """The runs of all sizes with the first seed, by rising size."""
