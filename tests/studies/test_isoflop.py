@@ -279,6 +279,38 @@ def test_another_layer_in_the_same_ledger_is_refused_though_no_run_has_its_name(
     assert plan(make_options(tiny_settings, **changes, methods=("dense",)), ledger)
 
 
+def test_a_variants_rows_stand_beside_those_of_its_method(tiny_settings, ledger):
+    """Under its own name, with its own arguments, rate and size; next to its method in the report."""
+    fill(make_options(tiny_settings, learning_rates=(1e-3, 2e-3)), ledger, lambda labels: 3.0)
+    layers = {**TINY_LAYERS, "peer": {**TINY_PEER, "num_heads": 1}}
+    options = make_options(tiny_settings, methods=("peer:h1",), arguments=layers, learning_rates=(1e-3, 2e-3))
+
+    def loss(labels):
+        return 2.5 - 20 * labels["learning_rate"] + (labels["size"] != "32x2")
+
+    runs = [run for phase in fill(options, ledger, loss) for run in phase.runs]
+    assert runs[0].name == "peer:h1-3e8-24x2-lr0.001-seed0"
+    assert {run.labels["method"] for run in runs} == {"peer:h1"}
+    assert {run.settings.peer["num_heads"] for run in runs} == {1}
+    assert runs[-1].labels["size"] == "32x2"
+    assert runs[-1].labels["learning_rate"] == 2e-3
+    # Neither's command is refused because of the other's rows.
+    assert not ledger.missing([run for phase in plan(options, ledger) for run in phase.runs])
+    assert plan(make_options(tiny_settings, learning_rates=(1e-3, 2e-3)), ledger)
+
+    page = write_report(ledger).read_text()
+    methods = table_after(page, "Only the middle block differs")
+    assert [line[0] for line in methods[1:]] == ["dense", "peer", "peer:h1"]
+    assert "num_heads=2" in methods[2][2]
+    assert "num_heads=1" in methods[3][2]
+    differences = table_after(page, "### peer:h1, 1e9 FLOPs")
+    assert [line[:2] for line in differences[1:]] == [
+        ["peer:h1 − dense", "-0.5400 [-0.5400, -0.5400], n=2, lower"],
+        ["peer:h1 − peer", "-0.5400 [-0.5400, -0.5400], n=2, lower"],
+    ]
+    assert table_after(page, "### peer, 1e9 FLOPs")[2][0] == "peer − peer:h1"
+
+
 def test_what_cannot_be_trained_is_refused_before_the_sweep(tiny_settings, ledger, monkeypatch):
     large = (Size(16, 2), Size(24, 2), Size(512, 8))
     with pytest.raises(ValueError, match="steps of hidden_size=512"):
@@ -359,6 +391,10 @@ def test_a_diverged_rate_is_not_chosen_and_all_diverged_is_an_error(tiny_setting
     ("changes", "message"),
     [
         ({"methods": ("dense", "tree")}, "methods must be of dense, .*; got 'tree'"),
+        ({"methods": ("peer:",)}, "variants of them such as peer:k64 .*; got 'peer:'"),
+        ({"methods": ("tree:a",)}, "methods must be of dense, .*; got 'tree:a'"),
+        ({"methods": ("peer", "peer:a")}, "methods must not hold a method and a variant.*; got peer, peer:a"),
+        ({"arguments": {"peer:a": {}}}, "arguments must be of dense, .*; got those of 'peer:a'"),
         ({"methods": ("dense", "dense")}, "methods must be one or more different values"),
         ({"budgets": ()}, "budgets must be one or more different values"),
         ({"budgets": (-1.0,)}, "budgets must be positive"),

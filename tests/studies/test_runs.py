@@ -23,6 +23,7 @@ from million_experts.studies.runs import (
     Ledger,
     Run,
     execute,
+    resolved_precision,
     stored_settings,
     train_and_measure,
     training_steps,
@@ -37,6 +38,7 @@ def make_row(run, **changes):
         "status": "finished",
         "labels": run.labels,
         "settings": stored_settings(run.settings),
+        "precision": resolved_precision(run.settings),
         **changes,
     }
 
@@ -137,6 +139,23 @@ def test_a_name_with_other_settings_is_refused(ledger, make_run):
         ledger.missing([make_run(learning_rate=2e-3)])
     with pytest.raises(ValueError, match=r"other settings: peer.num_experts: 81, not 64\. Give the options"):
         ledger.missing([make_run(learning_rate=1e-3, peer={**make_run().settings.peer, "num_experts": 81})])
+
+
+def test_a_precision_that_this_machine_resolves_otherwise_is_refused(ledger, make_run, monkeypatch):
+    """A row may have been made with "auto" on a processor with bfloat16, or ask for it by name."""
+    row = make_row(make_run(precision="bfloat16"))
+    ledger.append({**row, "settings": {**row["settings"], "precision": "auto"}})
+    monkeypatch.setattr(
+        "million_experts.studies.runs.takes_bfloat16", lambda precision: precision != "float32"
+    )
+    assert not ledger.missing([make_run(precision="auto")])
+    assert not ledger.missing([make_run(precision="bfloat16")])
+    monkeypatch.setattr(
+        "million_experts.studies.runs.takes_bfloat16", lambda precision: precision == "bfloat16"
+    )
+    assert not ledger.missing([make_run(precision="bfloat16")])
+    with pytest.raises(ValueError, match="other settings: precision: 'float32', not 'bfloat16'"):
+        ledger.missing([make_run(precision="auto")])
 
 
 def test_where_files_go_and_how_often_is_logged_makes_no_difference(ledger, make_run):

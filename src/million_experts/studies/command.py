@@ -70,7 +70,11 @@ def isoflop(
     context: typer.Context,
     budget: Annotated[list[float], typer.Option(help="Training FLOPs of a run. Repeat for several.")],
     methods: Annotated[
-        str, typer.Option(help="Feed-forwards of the middle block, with commas between.")
+        str,
+        typer.Option(
+            help="Feed-forwards of the middle block, with commas between. A name after a colon, as in "
+            "peer:k64, makes it a variant: its rows stand beside those of other layer arguments."
+        ),
     ] = "dense,swiglu,moe,expert_choice,pkm,memory_plus,peer,peer_shared",
     seeds: Seeds = 3,
     sizes: Annotated[

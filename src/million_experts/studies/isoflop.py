@@ -53,6 +53,24 @@ METHODS: dict[str, Method] = {
     "peer": Method("peer", {"sparse_grad": True}, "PEER"),
     "peer_shared": Method("peer", {"sparse_grad": True}, "PEER with a dense feed-forward beside it"),
 }
+VARIANT = re.compile(r"[A-Za-z0-9_.]+")
+
+
+def base_method(name: str) -> str:
+    """The name in `METHODS` of a method or of a variant of it: "peer" of "peer:k64".
+
+    A variant is a method with arguments of its own, whose rows stand beside those of others in one ledger.
+
+    Raises:
+        ValueError: the name of neither.
+    """
+    base, colon, variant = name.partition(":")
+    if base not in METHODS or (colon and not VARIANT.fullmatch(variant)):
+        raise ValueError(
+            f"methods must be of {', '.join(METHODS)}, or variants of them such as peer:k64 (letters, "
+            f"digits, _ and . after a colon); got {name!r}"
+        )
+    return base
 
 
 @dataclass(frozen=True)
@@ -123,13 +141,14 @@ class Options:
 
     Attributes:
         budgets: training FLOPs.
-        methods: names in `METHODS`.
+        methods: names in `METHODS`, or of variants of these.
         seeds: how many; they are 0, 1, ...
         sizes: of every budget, or of each; None chooses by budget.
         learning_rates: of the sweep.
         base: the settings that all runs share.
-        arguments: method -> arguments of its layer, in place of the defaults; those of "peer" hold for
-            "peer_shared", too, and those of "dense" for the other blocks of every method.
+        arguments: name in `METHODS` -> arguments of its layer and its variants', in place of the defaults;
+            those of "peer" hold for "peer_shared", too, and those of "dense" for the other blocks of every
+            method.
         table_rate: learning rate of tables over that of the rest.
         retrieval_rate: that of query projections and sub-keys.
         sweep_every_budget: a sweep of the learning rate at every budget, not at the smallest alone: longer
@@ -158,9 +177,15 @@ class Options:
             for value in getattr(self, name):
                 if not 0 < value < math.inf:
                     raise ValueError(f"{name} must be positive and finite, got {value}")
-        for method in (*self.methods, *self.arguments):
+        bases = [base_method(method) for method in self.methods]
+        if len(set(bases)) < len(bases):
+            raise ValueError(
+                "methods must not hold a method and a variant of it, or two variants, as they would have the "
+                f"same arguments: give each a command of its own; got {', '.join(self.methods)}"
+            )
+        for method in self.arguments:
             if method not in METHODS:
-                raise ValueError(f"methods must be of {', '.join(METHODS)}; got {method!r}")
+                raise ValueError(f"arguments must be of {', '.join(METHODS)}; got those of {method!r}")
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         given = self.sizes.values() if isinstance(self.sizes, Mapping) else [self.sizes or ()]
@@ -190,6 +215,7 @@ class Options:
         return tokens / count_parameters(config).active
 
     def _settings(self, method: str, size: Size) -> TrainSettings:
+        method = base_method(method)
         kind, layers = METHODS[method].kind, size.num_hidden_layers
         given: dict[str, Any] = dict(METHODS[method].arguments)
         if method == "peer_shared":

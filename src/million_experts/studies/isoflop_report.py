@@ -12,7 +12,7 @@ import numpy as np
 
 from million_experts.lm.figures import save_figure
 from million_experts.models.feed_forwards import FEED_FORWARDS
-from million_experts.studies.isoflop import METHODS, SWEEP, format_budget, validation_loss
+from million_experts.studies.isoflop import METHODS, SWEEP, base_method, format_budget, validation_loss
 from million_experts.studies.runs import Row
 from million_experts.studies.statistics import fit_parabola, interval, paired_difference
 from million_experts.studies.tables import (
@@ -68,9 +68,10 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
             "nothing.",
             *(
                 _differences(study, method, budget)
-                for method in OURS
-                if method in study.methods
+                for method in study.methods
+                if base_method(method) in OURS
                 for budget in study.budgets
+                if study.best(method, budget)
             ),
         ]
         modes = modes_table(
@@ -88,8 +89,9 @@ class _Study:
 
     def __init__(self, rows: Sequence[Row]):
         self.rows = rows
-        names = {row["labels"]["method"] for row in rows}
-        self.methods = [method for method in METHODS if method in names]
+        names = dict.fromkeys(row["labels"]["method"] for row in rows)
+        # Variants after the method itself, in the order of the ledger.
+        self.methods = sorted(names, key=lambda name: (list(METHODS).index(base_method(name)), ":" in name))
         budgets = sorted({row["labels"]["budget"] for row in rows})
         # The runs that decide on a method's learning rate at a budget, and what they come to.
         self.sweeps = {
@@ -182,9 +184,9 @@ def _methods(study: _Study) -> str:
     lines = []
     for method in study.methods:
         row = _of(study.rows, method=method)[0]
-        kind = METHODS[method].kind
-        arguments = ", ".join(f"{name}={value}" for name, value in row["settings"][kind].items())
-        lines.append((method, METHODS[method].about, arguments))
+        about = METHODS[base_method(method)]
+        arguments = ", ".join(f"{name}={value}" for name, value in row["settings"][about.kind].items())
+        lines.append((method, about.about, arguments))
     text = "Only the middle block differs between methods:"
     return text + "\n\n" + markdown_table(("method", "middle block", "arguments"), lines, left=3)
 
@@ -232,6 +234,8 @@ def _sizes(study: _Study) -> str:
     for budget in study.budgets:
         for method in study.methods:
             rows = study.first_seed(method, budget)
+            if not rows:
+                continue
             best = _best(rows)
             curve = _parabola(rows)
             minimum = "—"
@@ -239,7 +243,7 @@ def _sizes(study: _Study) -> str:
                 minimum = f"{curve.bottom:.4f} at {curve.best:.3g} FLOPs a token"
                 minimum += "" if curve.inside else ", beyond the sizes"
             cells = "; ".join(f"{row['labels']['size']}: {_loss(row, row is best)}" for row in rows)
-            lines.append((format_budget(budget), method, cells or "—", minimum, run_names(rows)))
+            lines.append((format_budget(budget), method, cells, minimum, run_names(rows)))
     header = ("budget", "method", "size: validation loss", "minimum of the parabola", "runs")
     return markdown_table(header, lines, left=5)
 
@@ -254,7 +258,7 @@ def _other_rates(sweep: Sequence[Row]) -> str:
     routed = {
         row["labels"]["method"]: row["settings"]
         for row in sweep
-        if FEED_FORWARDS[METHODS[row["labels"]["method"]].kind].is_routed
+        if FEED_FORWARDS[METHODS[base_method(row["labels"]["method"])].kind].is_routed
     }
     if not routed:
         return ""
@@ -351,23 +355,30 @@ def _figure(study: _Study, path: Path) -> None:
             rows = [row for row in study.first_seed(method, budget) if "validation" in row]
             if not rows:
                 continue
-            color, marker = STYLES[method]
-            width = 2.0 if method in OURS else 1.2
+            color, marker = STYLES[base_method(method)]
+            width = 2.0 if base_method(method) in OURS else 1.2
+            fill = color if ":" in method else "none"  # of a variant
             sizes = [row["flops"]["per_token"] for row in rows]
             axes.plot(
-                sizes, list(map(validation_loss, rows)), marker, color=color, ms=6, mfc="none", label=method
+                sizes, list(map(validation_loss, rows)), marker, color=color, ms=6, mfc=fill, label=method
             )
             curve = _parabola(rows)
             if curve is None:
                 axes.plot(sizes, list(map(validation_loss, rows)), ":", color=color, lw=width)
                 continue
             x = np.geomspace(min(sizes), max(sizes), 100)
-            axes.plot(x, [curve(size) for size in x], color=color, lw=width)
+            line = "--" if ":" in method else "-"
+            axes.plot(x, [curve(size) for size in x], line, color=color, lw=width)
             if curve.inside:
                 axes.plot([curve.best], [curve.bottom], "*", color=color, ms=10)
         axes.set(xscale="log", xlabel="training FLOPs per token", title=f"{format_budget(budget)} FLOPs")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("validation loss, nats per token")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    handles = {
+        label: handle
+        for axes in panels[0]
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    shown = [method for method in study.methods if method in handles]
+    figure.legend([handles[name] for name in shown], shown, loc="outside right center", frameon=False)
     save_figure(figure, path)

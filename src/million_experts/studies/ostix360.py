@@ -17,12 +17,18 @@ from rich.console import Console
 
 from million_experts.benchmarks.machine import OtherLoad, describe
 from million_experts.layers.retrieval import factorise
-from million_experts.lm.memory import takes_bfloat16
 from million_experts.lm.settings import TABLE_SETTINGS, TrainSettings, load_preset
 from million_experts.lm.training import model_config
 from million_experts.models import count_parameters
 from million_experts.models.feed_forwards import complete_arguments
-from million_experts.studies.runs import Ledger, Run, execute, stored_settings, training_steps
+from million_experts.studies.runs import (
+    Ledger,
+    Run,
+    execute,
+    resolved_precision,
+    stored_settings,
+    training_steps,
+)
 from million_experts.studies.speed import REPETITIONS, compare_steps
 from million_experts.studies.texts import load_texts
 
@@ -212,7 +218,7 @@ def run_study(
             "labels": run.labels,
             "settings": stored_settings(run.settings),
             "parameters": dataclasses.asdict(count_parameters(run.config)),
-            "precision": "bfloat16" if takes_bfloat16(run.settings.precision) else "float32",
+            "precision": resolved_precision(run.settings),
             "speed": figures[run.name],
             "baseline": figures[baseline.name],
             "other_cores": round(load.cores, 3),

@@ -174,6 +174,11 @@ def _whole(text: bytes) -> int:
     return text.rfind(b"\n") + 1
 
 
+def resolved_precision(settings: TrainSettings) -> str:
+    """What "auto" comes to on this machine. Runs of one study are compared, so they should have the same."""
+    return "bfloat16" if takes_bfloat16(settings.precision) else "float32"
+
+
 def stored_settings(settings: TrainSettings) -> dict[str, Any]:
     """The settings that decide what a run learns, as JSON holds them; defaults of layers are written out.
 
@@ -183,6 +188,7 @@ def stored_settings(settings: TrainSettings) -> dict[str, Any]:
     values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _FREE}
     values["mlp_layer_types"] = config.mlp_layer_types
     values["num_key_value_heads"] = config.num_key_value_heads
+    values["precision"] = resolved_precision(settings)
     values["table_learning_rate"] = settings.peak_table_learning_rate
     values["retrieval_learning_rate"] = settings.peak_retrieval_learning_rate
     for kind in FEED_FORWARDS:
@@ -196,7 +202,9 @@ def stored_settings(settings: TrainSettings) -> dict[str, Any]:
 def differences(run: Run, row: Row) -> list[str]:
     """Lines "name: the run's, not the row's" for settings in which they differ."""
     # Through TrainSettings, so that what has been added since then has its default in old rows.
-    before = _flat(stored_settings(TrainSettings.from_dict(row["settings"], f"the run {row['name']}")))
+    settings = TrainSettings.from_dict(row["settings"], f"the run {row['name']}")
+    # Older rows' settings may have "auto", which was resolved on another machine.
+    before = _flat(stored_settings(settings) | {"precision": row["precision"]})
     now = _flat(stored_settings(run.settings))
     return [
         f"{name}: {now.get(name)!r}, not {before.get(name)!r}"
@@ -339,7 +347,7 @@ def train_and_measure(
         "tokens": tokens,
         "epochs": tokens / len(texts.train),
         "parameters": dataclasses.asdict(count) | {"label": count.label},
-        "precision": "bfloat16" if takes_bfloat16(settings.precision) else "float32",
+        "precision": resolved_precision(settings),
         "texts": texts.describe(),
     }
     _free_memory()
