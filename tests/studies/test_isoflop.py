@@ -375,6 +375,9 @@ def test_every_budget_may_have_a_sweep_of_its_own(tiny_settings, ledger, tmp_pat
     # All sizes of the larger budget are compared at its own rate.
     assert "`dense-1e9-16x2-lr0.001-seed0`, `dense-1e9-24x2-lr0.001-seed0`" in page
     assert "`dense-1e9-16x2-lr0.001-seed0,1`" in page
+    # A command without the option goes by the sweep that is there, and so repeats nothing.
+    again = plan(replace(options, sweep_every_budget=False), ledger)
+    assert [phase.runs for phase in again] == [phase.runs for phase in phases]
 
 
 def test_a_diverged_rate_is_not_chosen_and_all_diverged_is_an_error(tiny_settings, ledger, tmp_path):

@@ -282,19 +282,22 @@ def plan(options: Options, ledger: Ledger) -> list[Plan]:
     _check(options, ledger)
     done = {row["name"]: row for row in ledger.rows()}
     budgets, methods = sorted(options.budgets), options.methods
-    swept = budgets if options.sweep_every_budget else budgets[:1]
     sizes = {budget: options.sizes_at(budget) for budget in budgets}
     seeds = range(1, options.seeds)
 
+    def sweep_at(method: str, budget: float) -> list[Run]:
+        size = sizes[budget][len(sizes[budget]) // 2]
+        return [options.run(method, budget, size, rate, 0, SWEEP) for rate in options.learning_rates]
+
+    # A sweep that an earlier command has made holds as well, as it does in the report.
     sweep = {
-        (method, budget): [
-            options.run(method, budget, sizes[budget][len(sizes[budget]) // 2], rate, 0, SWEEP)
-            for rate in options.learning_rates
-        ]
-        for budget in swept
+        (method, budget): runs
+        for budget in budgets
         for method in methods
+        for runs in [sweep_at(method, budget)]
+        if budget == budgets[0] or options.sweep_every_budget or not ledger.missing(runs)
     }
-    sizes_later = {b: len(methods) * (len(sizes[b]) - (b in swept)) for b in budgets}
+    sizes_later = {b: sum(len(sizes[b]) - ((method, b) in sweep) for method in methods) for b in budgets}
     seeds_later = {
         b: len(methods) * len(seeds) * (len(sizes[b]) if options.all_sizes else 1) for b in budgets
     }
