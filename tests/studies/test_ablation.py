@@ -325,10 +325,23 @@ def test_a_study_that_has_just_begun_has_a_report(tiny_settings, tmp_path):
     runs = ablation_runs(make_base(tiny_settings), seeds=[0], pools=POOLS)
     parts = sections([make_row(runs[0], 3.0)], tmp_path)
     assert len(parts) == 4  # the introduction, and the modes of the one run
-    diverged = {"name": "gone-seed0", "status": "diverged", "labels": runs[0].labels, "seed": 0}
+    diverged = make_row(runs[0], 0.0) | {"name": "gone-seed0", "status": "diverged"}
+    del diverged["validation"], diverged["measured"]
     parts = sections([make_row(runs[0], 3.0), diverged, make_row(runs[1], 3.1)], tmp_path)
-    assert "in no table, are `gone-seed0`" in parts[1]
+    assert "in no mean, are `gone-seed0`" in parts[1]
     assert "gone" not in "".join(parts[2:])
+
+
+def test_under_a_budget_the_report_says_how_far_steps_differ(tiny_settings, tmp_path):
+    runs = ablation_runs(make_base(tiny_settings), ["num_experts"], [0], POOLS)
+    same = [make_row(run, 3.0) for run in runs]
+    assert f"{same[0]['steps']} steps, {same[0]['tokens'] / 1e6:.2f}M tokens. " in sections(same, tmp_path)[0]
+    budgeted = [
+        row | {"steps": steps, "tokens": steps * 5000, "flops": {"per_token": 1e6, "total": flops}}
+        for row, steps, flops in zip(same, (1200, 1000), (2.9e9, 3e9), strict=True)
+    ]
+    words = "1,000 to 1,200 steps, 5.00M to 6.00M tokens, as many as 3e+09 training FLOPs pay for. "
+    assert words in sections(budgeted, tmp_path)[0]
 
 
 def test_the_base_stands_in_every_table(tiny_settings, tmp_path):

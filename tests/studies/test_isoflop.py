@@ -23,6 +23,7 @@ from million_experts.studies.flops import training_flops_per_token
 from million_experts.studies.isoflop import METHODS, Options, Size, by_budget, format_budget, plan
 from million_experts.studies.report import write_report
 from million_experts.studies.runs import Ledger, stored_settings
+from million_experts.studies.statistics import fit_parabola
 
 TINY_PEER = {"num_experts": 64, "num_heads": 2, "experts_per_head": 4, "key_dim": 8}
 TINY_LAYERS = {
@@ -116,6 +117,10 @@ def test_a_budgets_sizes_lie_on_both_sides_of_twenty_tokens_a_parameter(tiny_set
     for budget in options.budgets:
         sizes = options.sizes_at(budget)
         assert len(sizes) >= 3
+        for size in sizes:
+            kinds = options.run("moe", budget, size, 1e-3, 0, "sizes").settings.mlp_layer_types
+            at = kinds.index("moe")
+            assert 0 < at < len(kinds) - 1, f"no dense blocks on both sides in {size}"
         ratios = []
         for size in sizes:
             config = options.run("dense", budget, size, 1e-3, 0, "sizes").config
@@ -215,7 +220,9 @@ def test_phases_follow_from_what_earlier_ones_came_to(tiny_settings, ledger):
 
 def test_what_retrieves_learns_at_its_own_rate_and_a_layer_without_it_is_the_same_run(tiny_settings, ledger):
     usual, slow = make_options(tiny_settings, retrieval_rate=1.0), make_options(tiny_settings)
-    assert slow.retrieval_rate == 0.25
+    assert slow.retrieval_rate is None
+    memory = slow.run("pkm", 1e9, Size(24, 2), 2e-3, 0, "sizes")
+    assert memory.settings.peak_retrieval_learning_rate == 2e-3
     dense, peer = (slow.run(method, 1e9, Size(24, 2), 2e-3, 0, "sizes") for method in ("dense", "peer"))
     assert peer.settings.peak_retrieval_learning_rate == 5e-4
     ledger.append(make_row(usual.run("dense", 1e9, Size(24, 2), 2e-3, 0, "sizes"), 3.0))
@@ -449,7 +456,8 @@ def test_the_report_says_what_the_rows_say(tiny_settings, ledger):
     assert sweep[0] == ["method", "size", "0.001", "0.002", "0.004", "runs"]
     assert sweep[1][:5] == ["dense", "24x2", "3.3000", "3.2000", "**3.0000**"]
     assert sweep[2][:5] == ["peer", "24x2", "2.6000", "**2.5000**", "2.7000"]
-    assert "might do better: dense at 3e8." in page
+    assert "At the edge of the sweep, where a rate beyond might do better: dense at 3e8." in page
+    assert "edge of the sizes" not in page
 
     best = table_after(page, "Test text text:")
     # Mean of 3.1, 3.12, 3.11; 4.303 standard errors of 0.01/sqrt(3).
@@ -494,13 +502,38 @@ def test_texts_in_domain_are_also_given_as_one(tiny_settings, ledger, tmp_path):
     assert differences[1][1:3] == ["-0.1250, n=1", "-0.5000, n=1"]
 
 
+def test_a_curve_goes_through_the_best_size_and_its_neighbours(tiny_settings, ledger):
+    """A size far from the best bends no curve; a best size at the edge is named."""
+    sizes = tuple(Size(width, 2) for width in (16, 24, 32, 40, 48))
+    options = make_options(tiny_settings, sizes=sizes, budgets=(1e9,), seeds=1)
+    losses = {"16x2": 3.2, "24x2": 3.0, "32x2": 3.1, "40x2": 5.0, "48x2": 9.0}
+    fill(options, ledger, lambda labels: losses[labels["size"]] - (labels["method"] == "dense"))
+    page = write_report(ledger).read_text()
+    rows = [row for row in ledger.rows() if row["labels"]["size"] in ("16x2", "24x2", "32x2")]
+    for line, method in zip(table_after(page, "## Loss against size")[1:], ("dense", "peer"), strict=True):
+        own = [row for row in rows if row["labels"]["method"] == method]
+        own = {row["labels"]["size"]: row for row in own if row["labels"]["learning_rate"] == 1e-3}
+        curve = fit_parabola(
+            [row["flops"]["per_token"] for row in own.values()],
+            [row["validation"]["loss"] for row in own.values()],
+        )
+        assert line[3] == f"{curve.bottom:.4f} at {curve.best:.3g} FLOPs a token"
+    assert "edge of the sizes" not in page
+
+    edge = Ledger(ledger.path.parent / "edge.jsonl")
+    fill(options, edge, lambda labels: labels["learning_rate"] + int(labels["size"][:2]))
+    assert "one beyond might do better: dense at 1e9, peer at 1e9." in write_report(edge).read_text()
+
+
 def test_a_report_of_a_study_that_has_just_begun_is_whole(tiny_settings, ledger):
     options = make_options(tiny_settings)
     with pytest.raises(ValueError, match="its runs are of none"):
         write_report(ledger)
     runs = plan(options, ledger)[0].runs
     ledger.append(make_row(runs[0], math.inf))
-    assert "| dense | 24x2 | diverged |" in write_report(ledger).read_text()
+    page = write_report(ledger).read_text()
+    assert "| dense | 24x2 | diverged |" in page
+    assert f"in no mean, are `{runs[0].name}`, which diverged." in page
     ledger.append(make_row(runs[1], 3.0))
     assert "**3.0000**" in write_report(ledger).read_text()
 

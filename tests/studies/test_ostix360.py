@@ -278,7 +278,18 @@ def test_the_report_puts_the_predecessors_figures_beside_ours(tmp_path):
                 },
             }
         )  # fmt: skip
-    parts = ostix360_report.sections(rows, tmp_path)
+    diverged = {**make_row(run, 0.0, 0.0), "name": "gone-seed0", "status": "diverged"}
+    del diverged["validation"]
+    parts = ostix360_report.sections([*rows, diverged], tmp_path)
+    assert "The predecessor had vocabulary 32,000" in parts[0]
+    assert "in no mean, are `gone-seed0`" in parts[1]
+    original = {"steps": 2500, "training_loss": [[2500, 4.0]]}
+    full = [
+        row | original | {"settings": row["settings"] | {"vocab_size": 32_000}}
+        for row in rows
+        if "steps" in row
+    ]
+    assert "The predecessor had" not in ostix360_report.sections(full, tmp_path)[0]
     losses, differences, times = (table_cells(part) for part in parts if part.startswith("|"))
     peer = dict(zip(losses[0], losses[1], strict=False))
     assert losses[1][:4] == ["peer (1: PEER, 8 x 30 of 36^2)", "8 x 30 of 1225", "7.65M", "22.2M"]
@@ -324,6 +335,7 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path, narrow, monkeyp
     planned = invoke(cli.app, [*command, "--dry-run"])
     assert planned.exit_code == 0, planned.output
     assert "6 runs" in planned.output
+    assert not (tmp_path / "out").exists()
 
     done = invoke(cli.app, command)
     assert done.exit_code == 0, done.output
@@ -348,6 +360,7 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path, narrow, monkeyp
 
     faster = invoke(cli.app, [*command, "--seeds", "1", "--tests", "moe", "--learning-rate", "1e-2"])
     assert faster.exit_code == 0, faster.output
+    assert "No times: they are taken beside those of moe" in faster.output
     page = (out / "ostix360.md").read_text()
     assert "- moe, variant 1: learning_rate=0.01.\n" in page
     differences = [

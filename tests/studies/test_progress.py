@@ -11,7 +11,10 @@ from million_experts.studies import progress as module
 from million_experts.studies.progress import Pace, StudyProgress, format_duration
 from million_experts.studies.runs import Run
 
-MACHINE = {"machine": {"cpu": "this"}, "threads": 2}
+MACHINE = {
+    "machine": {"cpu": "this", "cores": 2, "instruction_set": "AVX2", "memory_bytes": 2**34, "system": "one"},
+    "threads": 2,
+}
 
 
 @pytest.fixture
@@ -40,8 +43,17 @@ def test_other_machines_and_diverged_runs_do_not_count(run, monkeypatch):
     assert "guess" in pace.source
 
 
-def test_the_quick_measure_is_a_speed():
-    assert 1e8 < module.matrix_flops_per_second() < 1e16
+def test_another_start_of_the_same_machine_counts_and_another_processor_does_not(run):
+    again = {**MACHINE["machine"], "memory_bytes": 2**34 - 4096, "system": "two"}
+    other = {**MACHINE["machine"], "cpu": "other"}
+    rows = [finished("peer", 1e9, 10, machine=again), finished("peer", 1e9, 1000, machine=other)]
+    assert Pace(rows, MACHINE).seconds(run) == pytest.approx(run.flops * 10 / 1e9)
+
+
+def test_the_quick_measure_is_the_best_of_its_products(monkeypatch):
+    clock = iter([0.0, 3.0, 10.0, 12.0, 20.0, 24.0, 30.0, 33.0, 40.0, 43.0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    assert module.matrix_flops_per_second() == 2 * 4096 * 256 * 1024 / 2.0
 
 
 def test_time_left_counts_the_runs_to_come(run):

@@ -19,7 +19,7 @@ from million_experts.lm.settings import TrainSettings
 from million_experts.models import PeerForCausalLM
 from million_experts.models.feed_forwards import complete_arguments
 from million_experts.studies.causality import draw_batches, evaluate_modes, mean_loss
-from million_experts.studies.runs import Measure, Run, training_steps
+from million_experts.studies.runs import Measure, Run, training_steps, usage_figures
 from million_experts.studies.texts import Texts
 
 STUDY = "ablation"
@@ -253,10 +253,9 @@ def usage_and_modes(usage_tokens: int = USAGE_TOKENS) -> Measure:
                 for name, layer in retrieval_layers(model).items()
             }
             mean_loss(model, draw_batches(blocks, settings.batch_size, usage_tokens))
-        figures = {
-            name: dataclasses.asdict(usage.figures()) | {"tokens": usage.tokens}
-            for name, usage in usages.items()
+        return {
+            "usage": usage_figures(usages),
+            **evaluate_modes(model, blocks, settings.batch_size, usage_tokens),
         }
-        return {"usage": figures, **evaluate_modes(model, blocks, settings.batch_size, usage_tokens)}
 
     return measure

@@ -19,6 +19,7 @@ from million_experts.studies.runs import Row
 from million_experts.studies.statistics import Interval, paired_difference
 from million_experts.studies.tables import (
     MODES_NOTE,
+    diverged_note,
     format_interval,
     markdown_table,
     modes_table,
@@ -47,14 +48,14 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
     base = ", ".join(f"{name}={value}" for name, value in {**rows[-1]["labels"]["base"], **fixed}.items())
     parts = [
         f"One choice of the layer at a time; the base, of which the others are changes: {base}. "
-        f"{_training(rows[-1])} Validation loss and its difference, to the base unless said otherwise, are "
+        f"{_training(rows)} Validation loss and its difference, to the base unless said otherwise, are "
         "means over seeds, the difference paired by seed with half of its 95 % interval (Student's t): "
         "*lower* and *higher* exclude 0, a *tie* does not, and one seed says nothing. Perplexity is that of "
         f"the mean. Usage and unevenness (KL from uniform, nats) are over {_usage_tokens(rows)} validation "
         "tokens, each read once, the mean of the layers where there are several."
     ]
-    if diverged := [row for row in rows if "validation" not in row]:
-        parts.append(f"Without a loss, and so in no table, are {run_names(diverged)}, which diverged.")
+    if note := diverged_note(rows):
+        parts.append(note)
     for axis in AXES.values():
         setups = study.present(axis.setups(study.base, study.pools))
         if any(setup != axis.reference(setup, study.base) for setup in setups):
@@ -105,11 +106,18 @@ class _Study:
         return fmean(self.usages(setup, name).values())
 
 
-def _training(row: Row) -> str:
-    settings = row["settings"]
+def _training(rows: Sequence[Row]) -> str:
+    """Width, depth and tokens, which differ between runs where a budget of FLOPs decides on them."""
+    settings = rows[-1]["settings"]
+    steps, tokens = ([row[name] for row in rows] for name in ("steps", "tokens"))
+    low, high = f"{min(tokens) / 1e6:.2f}M", f"{max(tokens) / 1e6:.2f}M"
+    model = f"{settings['num_hidden_layers']} blocks of width {settings['hidden_size']}"
+    if min(steps) == max(steps):
+        return f"{model}, {min(steps):,} steps, {low} tokens."
+    flops = max(row["flops"]["total"] for row in rows)
     return (
-        f"{settings['num_hidden_layers']} blocks of width {settings['hidden_size']}, {row['steps']:,} steps, "
-        f"{row['tokens'] / 1e6:.2f}M tokens."
+        f"{model}, {min(steps):,} to {max(steps):,} steps, {low} to {high} tokens, as many as {flops:.2g} "
+        "training FLOPs pay for."
     )
 
 

@@ -50,9 +50,7 @@ ContextTokens = Annotated[int, typer.Option("--context", help="Tokens of a train
 BatchSize = Annotated[int, typer.Option(help="Sequences in a micro-batch.")]
 Accumulation = Annotated[int, typer.Option("--gradient-accumulation-steps", help="Micro-batches in a step.")]
 Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16, as in `train`.")]
-RetrievalRate = Annotated[
-    float, typer.Option(help="Learning rate of query projections and sub-keys, in units of the others'.")
-]
+_RETRIEVAL_RATE = "Learning rate of query projections and sub-keys, in units of the others'."
 TableBeta1 = Annotated[
     float, typer.Option(help="AdamW's decay of the first moment of tables; 0 is without momentum.")
 ]
@@ -89,7 +87,7 @@ def isoflop(
     learning_rates: Annotated[
         str,
         typer.Option(help="Tried for every method at the smallest budget and its middle size, first seed."),
-    ] = "1e-3,2e-3,4e-3",
+    ] = "2e-3,4e-3,8e-3",
     sweep_every_budget: Annotated[
         bool,
         typer.Option(
@@ -100,7 +98,13 @@ def isoflop(
     table_rate: Annotated[
         float, typer.Option(help="Learning rate of tables of experts or values, in units of the others'.")
     ] = TABLE_RATE,
-    retrieval_rate: RetrievalRate = RETRIEVAL_RATE,
+    retrieval_rate: Annotated[
+        float | None,
+        typer.Option(
+            help=f"{_RETRIEVAL_RATE} By default {RETRIEVAL_RATE} for PEER, 1 for memories.",
+            show_default=False,
+        ),
+    ] = None,
     table_beta1: TableBeta1 = 0.0,
     table_second_moment: TableSecondMoment = "row",
     all_sizes: Annotated[
@@ -168,7 +172,7 @@ def isoflop(
             table_second_moment=table_second_moment,
         ),
     )
-    ledger = open_ledger(output, "isoflop")
+    ledger = open_ledger(output, "isoflop", dry_run)
     if dry_run:
         print_plan(options, ledger, Console())
         return
@@ -209,7 +213,7 @@ def ablation(
     table_rate: Annotated[
         float, typer.Option(help="Learning rate of the base's table, in units of the others'.")
     ] = TABLE_RATE,
-    retrieval_rate: RetrievalRate = RETRIEVAL_RATE,
+    retrieval_rate: Annotated[float, typer.Option(help=_RETRIEVAL_RATE)] = RETRIEVAL_RATE,
     table_beta1: TableBeta1 = 0.0,
     table_second_moment: TableSecondMoment = "row",
     data: Data = DATA,
@@ -262,7 +266,7 @@ def ablation(
         _numbers("pools", pools, int),
         budget,
     )
-    ledger = open_ledger(output, "ablation")
+    ledger = open_ledger(output, "ablation", dry_run)
     if dry_run:
         print_runs(runs, ledger, Console())
         return
@@ -367,7 +371,8 @@ def ostix360(
     arguments = layer_arguments("peer", peer)
     selected = choose_tests(changes, arguments, _names(tests), budget, learning_rate)
     variants = name_variants(arguments, learning_rate)
-    ledger = open_ledger(output, "ostix360-full" if full else "ostix360")  # other text, other losses
+    # The original reads other text, so its losses cannot stand beside the others.
+    ledger = open_ledger(output, "ostix360-full" if full else "ostix360", dry_run)
     if dry_run:
         print_runs(ostix360_runs(selected, range(seeds), variants), ledger, Console())
         return
@@ -395,13 +400,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def open_ledger(output: Path, study: str) -> "Ledger":
-    """The ledger of a study in the folder of `--output`."""
+def open_ledger(output: Path, study: str, dry_run: bool = False) -> "Ledger":
+    """The ledger of a study in the folder of `--output`, which is made, but for a dry run."""
     from million_experts.lm.files import make_folder
     from million_experts.studies.report import ledger_path
     from million_experts.studies.runs import Ledger
 
-    make_folder("output", output)
+    if not dry_run:
+        make_folder("output", output)
     return Ledger(ledger_path(output, study))
 
 

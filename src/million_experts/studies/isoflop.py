@@ -36,11 +36,13 @@ class Method:
         kind: of `mlp_layer_types`.
         arguments: its arguments where they are not the layer's defaults.
         about: one line for the report.
+        retrieval_rate: default learning rate of query projections and sub-keys over that of the rest.
     """
 
     kind: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     about: str = ""
+    retrieval_rate: float = RETRIEVAL_RATE
 
 
 METHODS: dict[str, Method] = {
@@ -48,8 +50,9 @@ METHODS: dict[str, Method] = {
     "swiglu": Method("swiglu", about="a dense SwiGLU of as many parameters"),
     "moe": Method("moe", about="token-choice mixture as in Mixtral, SwiGLU experts, balancing loss"),
     "expert_choice": Method("expert_choice", about="expert-choice mixture, the paper's baseline"),
-    "pkm": Method("pkm", {"sparse_grad": True}, "product-key memory"),
-    "memory_plus": Method("memory_plus", {"sparse_grad": True}, "Memory+"),
+    # Memories have the rate of the rest: a lower one, as for PEER, did not help product-key memories.
+    "pkm": Method("pkm", {"sparse_grad": True}, "product-key memory", retrieval_rate=1.0),
+    "memory_plus": Method("memory_plus", {"sparse_grad": True}, "Memory+", retrieval_rate=1.0),
     "peer": Method("peer", {"sparse_grad": True}, "PEER"),
     "peer_shared": Method("peer", {"sparse_grad": True}, "PEER with a dense feed-forward beside it"),
 }
@@ -105,10 +108,11 @@ class Size:
         return f"{self.hidden_size}x{self.num_hidden_layers}"
 
 
+# At least three blocks, so that the middle one has dense ones on both sides.
 LADDER = tuple(
     map(
         Size.parse,
-        "32x2 48x2 64x2 64x3 80x3 96x3 128x3 128x4 160x4 192x4 256x4 320x5 384x6 448x7 512x8 640x10 768x12 "
+        "24x3 32x3 48x3 64x3 80x3 96x3 128x3 128x4 160x4 192x4 256x4 320x5 384x6 448x7 512x8 640x10 768x12 "
         "1024x16 1280x20 1536x24 2048x24".split(),
     )
 )
@@ -150,7 +154,7 @@ class Options:
             those of "peer" hold for "peer_shared", too, and those of "dense" for the other blocks of every
             method.
         table_rate: learning rate of tables over that of the rest.
-        retrieval_rate: that of query projections and sub-keys.
+        retrieval_rate: that of query projections and sub-keys; None for each method's own.
         sweep_every_budget: a sweep of the learning rate at every budget, not at the smallest alone: longer
             training may want another rate.
         all_sizes: the other seeds at every size, not at the best alone.
@@ -161,10 +165,10 @@ class Options:
     methods: tuple[str, ...] = tuple(METHODS)
     seeds: int = 3
     sizes: tuple[Size, ...] | Mapping[float, tuple[Size, ...]] | None = None
-    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     table_rate: float = TABLE_RATE
-    retrieval_rate: float = RETRIEVAL_RATE
+    retrieval_rate: float | None = None
     sweep_every_budget: bool = False
     all_sizes: bool = False
 
@@ -193,8 +197,9 @@ class Options:
             if len(set(sizes)) < len(sizes):
                 raise ValueError(f"sizes must be different, got {', '.join(map(str, sizes))}")
         for name in ("table_rate", "retrieval_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            rate = getattr(self, name)
+            if rate is not None and not rate > 0:
+                raise ValueError(f"{name} must be positive, got {rate}")
 
     def sizes_at(self, budget: float) -> tuple[Size, ...]:
         """The sizes of a budget, by rising width."""
@@ -238,12 +243,13 @@ class Options:
             ValueError: the budget pays for too few steps.
         """
         settings = self._settings(method, size)
+        retrieval_rate = self.retrieval_rate or METHODS[base_method(method)].retrieval_rate
         settings = dataclasses.replace(
             settings,
             steps=training_steps(budget, settings),
             learning_rate=learning_rate,
             table_learning_rate=self.table_rate * learning_rate,
-            retrieval_learning_rate=self.retrieval_rate * learning_rate,
+            retrieval_learning_rate=retrieval_rate * learning_rate,
             seed=seed,
         )
         return Run(

@@ -14,9 +14,10 @@ from million_experts.lm.figures import save_figure
 from million_experts.models.feed_forwards import FEED_FORWARDS
 from million_experts.studies.isoflop import METHODS, SWEEP, base_method, format_budget, validation_loss
 from million_experts.studies.runs import Row
-from million_experts.studies.statistics import fit_parabola, interval, paired_difference
+from million_experts.studies.statistics import Parabola, fit_parabola, interval, paired_difference
 from million_experts.studies.tables import (
     MODES_NOTE,
+    diverged_note,
     format_difference,
     format_interval,
     markdown_table,
@@ -46,15 +47,15 @@ IN_DOMAIN = "in domain"  # the test texts of all corpora that were trained on, a
 def sections(rows: Sequence[Row], folder: Path) -> list[str]:
     """The parts of the report; its figure goes to `folder`."""
     study = _Study(rows)
-    parts = [_methods(study), "## Learning rates", _sweep(study)]
+    parts = [_methods(study), diverged_note(rows), "## Learning rates", _sweep(study)]
     if study.budgets:
         _figure(study, folder / FIGURE)
         parts += [
             "## Loss against size",
             f"![Validation loss against FLOPs per token]({FIGURE})",
             "Size is training FLOPs per token, all that a model computes; first seed, validation text. A "
-            "curve is the least-squares parabola over the logarithm of size where the losses curve upwards, "
-            "its star the minimum.",
+            "curve is the parabola, over the logarithm of size, through the best size and those next to it, "
+            "where they curve upwards, its star the minimum; dotted lines just join points.",
             _sizes(study),
             "## The best model of each method",
             "Its size was chosen by validation loss with the first seed. Means over seeds with half of the "
@@ -230,13 +231,15 @@ def _loss(row: Row, bold: bool = False) -> str:
 
 def _sizes(study: _Study) -> str:
     """Each method's sizes with the first seed, and the minimum of the parabola."""
-    lines = []
+    lines, edges = [], []
     for budget in study.budgets:
         for method in study.methods:
             rows = study.first_seed(method, budget)
             if not rows:
                 continue
             best = _best(rows)
+            if len(rows) > 1 and best in (rows[0], rows[-1]):
+                edges.append(f"{method} at {format_budget(budget)}")
             curve = _parabola(rows)
             minimum = "—"
             if curve is not None:
@@ -245,12 +248,21 @@ def _sizes(study: _Study) -> str:
             cells = "; ".join(f"{row['labels']['size']}: {_loss(row, row is best)}" for row in rows)
             lines.append((format_budget(budget), method, cells, minimum, run_names(rows)))
     header = ("budget", "method", "size: validation loss", "minimum of the parabola", "runs")
-    return markdown_table(header, lines, left=5)
+    table = markdown_table(header, lines, left=5)
+    if not edges:
+        return table
+    return f"{table}\n\nAt the edge of the sizes, where one beyond might do better: {', '.join(edges)}."
 
 
-def _parabola(rows: Sequence[Row]) -> Any:
+def _parabola(rows: Sequence[Row]) -> Parabola | None:
+    """Of the best size and its neighbours: far from the minimum losses are no parabola."""
     trained = [row for row in rows if not math.isinf(validation_loss(row))]
-    return fit_parabola([row["flops"]["per_token"] for row in trained], list(map(validation_loss, trained)))
+    losses = list(map(validation_loss, trained))
+    if not losses:
+        return None
+    first = min(max(losses.index(min(losses)) - 1, 0), max(len(losses) - 3, 0))
+    near = slice(first, first + 3)
+    return fit_parabola([row["flops"]["per_token"] for row in trained[near]], losses[near])
 
 
 def _other_rates(sweep: Sequence[Row]) -> str:
@@ -358,15 +370,15 @@ def _figure(study: _Study, path: Path) -> None:
             color, marker = STYLES[base_method(method)]
             width = 2.0 if base_method(method) in OURS else 1.2
             fill = color if ":" in method else "none"  # of a variant
-            sizes = [row["flops"]["per_token"] for row in rows]
-            axes.plot(
-                sizes, list(map(validation_loss, rows)), marker, color=color, ms=6, mfc=fill, label=method
-            )
+            sizes, losses = [row["flops"]["per_token"] for row in rows], list(map(validation_loss, rows))
+            axes.plot(sizes, losses, marker, color=color, ms=6, mfc=fill, label=method)
             curve = _parabola(rows)
+            low, high = (math.inf, -math.inf) if curve is None else curve.range
+            for part in ([size <= low for size in sizes], [size >= high for size in sizes]):
+                axes.plot(np.compress(part, sizes), np.compress(part, losses), ":", color=color, lw=width)
             if curve is None:
-                axes.plot(sizes, list(map(validation_loss, rows)), ":", color=color, lw=width)
                 continue
-            x = np.geomspace(min(sizes), max(sizes), 100)
+            x = np.geomspace(*curve.range, 100)
             line = "--" if ":" in method else "-"
             axes.plot(x, [curve(size) for size in x], line, color=color, lw=width)
             if curve.inside:

@@ -196,7 +196,10 @@ def run_study(
     runs = speed_runs(tests, variants)
     pending = ledger.missing(runs)
     baseline = next((run for run in runs if run.labels["test"] == BASELINE), None)
-    if not pending or baseline is None or len(runs) < 2:
+    if not pending:
+        return
+    if baseline is None or len(runs) < 2:
+        console.print(f"No times: they are taken beside those of {BASELINE}, so name it and another test.")
         return
     compared = [baseline, *(run for run in pending if run is not baseline)]
     texts = load_texts(baseline.settings)

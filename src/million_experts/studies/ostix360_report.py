@@ -16,7 +16,13 @@ from million_experts.studies.ostix360 import (
 )
 from million_experts.studies.runs import Row
 from million_experts.studies.statistics import interval, paired_difference
-from million_experts.studies.tables import format_difference, format_interval, markdown_table, run_names
+from million_experts.studies.tables import (
+    diverged_note,
+    format_difference,
+    format_interval,
+    markdown_table,
+    run_names,
+)
 
 LAST = 10  # the "last-step loss" is the mean over the last of so many parts of the steps
 
@@ -41,10 +47,10 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
         f"the same kind, vocabulary {settings['vocab_size']:,}, {first['steps']:,} steps of "
         f"{settings['batch_size']} x {settings['context']} tokens, learning rate "
         f"{settings['learning_rate']:g} with a {settings['lr_scheduler_type']} schedule, warm-up "
-        f"{settings['warmup_steps']:g} (below 1 a share of the steps). The predecessor had vocabulary "
-        "32,000 and 2,500 steps, so only differences between its tests can be compared with ours. Losses "
-        "are means over seeds with half of the 95 % interval, nats per token; the training losses are of "
-        "the language model alone, without the router's balancing loss.",
+        f"{settings['warmup_steps']:g} (below 1 a share of the steps).{_scaled(first)} Losses are means "
+        "over seeds with half of the 95 % interval, nats per token; the training losses are of the language "
+        "model alone, without the router's balancing loss.",
+        diverged_note(rows),
         "## Loss",
         _losses(titles, tests),
         *_variants(titles, tests),
@@ -57,6 +63,16 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
     if timed:
         parts += ["## Time and memory", _speed_note([speeds[name] for name in timed]), _speed(timed, speeds)]
     return parts
+
+
+def _scaled(row: Row) -> str:
+    """What a study that is smaller than the predecessor's cannot be compared by."""
+    if row["settings"]["vocab_size"] == 32_000 and row["steps"] == 2_500:
+        return ""
+    return (
+        " The predecessor had vocabulary 32,000 and 2,500 steps, so only differences between its tests can "
+        "be compared with ours."
+    )
 
 
 def _titles(names: Iterable[str], tests: dict[str, list[Row]]) -> dict[str, str]:

@@ -38,8 +38,7 @@ class Pace:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Takes a finished run into account."""
-        here = all(row.get(key) == self._machine[key] for key in ("machine", "threads"))
-        if here and "measuring_seconds" in row:
+        if _speed_of(row) == _speed_of(self._machine) and "measuring_seconds" in row:
             seconds = row["seconds"] + row["measuring_seconds"]
             self._finished.append((row["labels"].get("method"), row["flops"]["total"], seconds))
 
@@ -76,6 +75,12 @@ def matrix_flops_per_second() -> float:
         (a @ b).sum().item()
         best = min(best, time.perf_counter() - start)
     return 2 * 4096 * 256 * 1024 / best
+
+
+def _speed_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the speed of a run depends on; system and exact memory change from one start to the next."""
+    machine = row.get("machine", {})
+    return *(machine.get(key) for key in ("cpu", "cores", "instruction_set")), row.get("threads")
 
 
 class StudyProgress:

@@ -387,15 +387,20 @@ def _measure(model: PeerForCausalLM, run: Run, texts: Texts) -> Row:
             name: stack.enter_context(ExpertUsage(layer)) for name, layer in retrieval_layers(model).items()
         }
         row: Row = {"validation": score_figures(score_documents(model, texts.validation, context=context))}
-    row["expert_usage"] = {
-        name: dataclasses.asdict(usage.figures()) | {"tokens": usage.tokens} for name, usage in usages.items()
-    }
+    row["expert_usage"] = usage_figures(usages)
     if run.tests:
         row["tests"] = {
             name: score_figures(score_documents(model, stream, context=context))
             for name, stream in texts.tests.items()
         }
     return row
+
+
+def usage_figures(usages: Mapping[str, ExpertUsage]) -> dict[str, dict[str, Any]]:
+    """How the experts of each layer were used, as rows hold it, and over how many tokens."""
+    return {
+        name: dataclasses.asdict(usage.figures()) | {"tokens": usage.tokens} for name, usage in usages.items()
+    }
 
 
 def score_figures(score: Score) -> dict[str, float]:

@@ -108,13 +108,18 @@ class Parabola:
         best: the size at the minimum.
         bottom: the loss there.
         curvature: above 0.
-        inside: whether the minimum lies among the sizes that were fitted; outside it is a guess.
+        range: the smallest and the largest size that were fitted.
     """
 
     best: float
     bottom: float
     curvature: float
-    inside: bool
+    range: tuple[float, float]
+
+    @property
+    def inside(self) -> bool:
+        """Whether the minimum lies among the sizes that were fitted; outside it is a guess."""
+        return self.range[0] <= self.best <= self.range[1]
 
     def __call__(self, size: float) -> float:
         return self.bottom + self.curvature * (math.log10(size) - math.log10(self.best)) ** 2
@@ -134,4 +139,4 @@ def fit_parabola(sizes: Sequence[float], losses: Sequence[float]) -> Parabola | 
     if a <= 1e-9 * np.abs(losses).max():
         return None
     best = -b / (2 * a) + centre
-    return Parabola(float(10**best), float(c - b**2 / (4 * a)), float(a), bool(x.min() <= best <= x.max()))
+    return Parabola(float(10**best), float(c - b**2 / (4 * a)), float(a), (min(sizes), max(sizes)))

@@ -9,7 +9,7 @@ from typing import Any
 
 from million_experts.benchmarks.machine import one_line
 from million_experts.studies.progress import format_duration
-from million_experts.studies.runs import Row
+from million_experts.studies.runs import DIVERGED, Row
 from million_experts.studies.statistics import Interval, interval
 
 LEFT, RIGHT = "---", "---:"
@@ -61,6 +61,14 @@ def run_names(rows: Iterable[Row]) -> str:
         assert match is not None
         joined.setdefault(match[1], []).append(match[2])
     return ", ".join(f"`{stem}{','.join(sorted(ends))}`" for stem, ends in joined.items())
+
+
+def diverged_note(rows: Iterable[Row]) -> str:
+    """Which runs have no loss, if any, and so are in no mean."""
+    diverged = [row for row in rows if row["status"] == DIVERGED]
+    if not diverged:
+        return ""
+    return f"Without a loss, and so in no mean, are {run_names(diverged)}, which diverged."
 
 
 def provenance(rows: Sequence[Row]) -> str:
