@@ -247,6 +247,7 @@ def best_losses(budget: float) -> dict[str, dict[str, dict[int, float]]]:
         losses[method] = {
             test: by_seed(best, lambda row, test=test: row["tests"][test]["loss"]) for test in TESTS
         }
+        losses[method]["python-topics"] = by_seed(best, lambda row: row["tests"]["python-topics"]["loss"])
         losses[method]["both"] = by_seed(
             best,
             lambda row: (
@@ -308,6 +309,41 @@ def test_the_readmes_leads_of_both_budgets_are_those_of_the_rows():
     assert f"{articles.mean:.3f} (barely a tie) and {speeches.mean:.3f} over Memory+" in text
     for test in TESTS:
         assert paired_difference(losses["pkm"][test], losses["peer"][test]).verdict == "tie"
+    topics = {
+        method: paired_difference(losses[method]["python-topics"], losses["peer"]["python-topics"])
+        for losses in [best_losses(2e13)]
+        for method in losses
+        if method != "peer"
+    }
+    assert {lower.verdict for lower in topics.values()} == {"tie"}
+    assert {method for method, lower in topics.items() if lower.mean > 0} == {"memory_plus"}
+
+
+def test_what_the_readme_says_of_cost_and_of_the_search_is_what_the_rows_say():
+    text = prose("Equal FLOPs are not equal cost", "![Validation loss over size")
+    rows = read_rows("studies/isoflop.jsonl")
+
+    def runs(**labels):
+        return [row for row in rows if all(row["labels"][name] == labels[name] for name in labels)]
+
+    peer = runs(method="peer", budget=2e13, size="64x3")
+    dense = runs(method="dense", budget=2e13, size="96x3")
+
+    def ratio(cpu):
+        times = [[row["seconds"] for row in own if row["machine"]["cpu"] == cpu] for own in (peer, dense)]
+        return (sum(times[0]) / len(times[0])) / (sum(times[1]) / len(times[1]))
+
+    times = ratio("AMD EPYC"), ratio("Intel(R) Xeon(R) Processor")
+    assert "takes {:.1f} (AMD EPYC) to {:.1f} (Intel Xeon) times as long".format(*times) in text
+    epochs = peer[0]["epochs"], dense[0]["epochs"]
+    assert "reads the text {:.1f} times, the dense one {:.1f} times".format(*epochs) in text
+    # The best size is the smallest that was tried for all kinds at the one budget, for some at the other.
+    methods = {row["labels"]["method"] for row in rows}
+    for budget, some in ((5e12, methods), (2e13, {"moe", "expert_choice", "pkm", "memory_plus"})):
+        for method in some:
+            sizes = runs(method=method, budget=budget, seed=0)
+            best = min(sizes, key=lambda row: row["validation"]["loss"])
+            assert best["flops"]["per_token"] == min(row["flops"]["per_token"] for row in sizes), method
 
 
 def test_the_readmes_figures_of_pools_and_norms_are_those_of_the_rows():
@@ -335,6 +371,12 @@ def test_the_readmes_figures_of_pools_and_norms_are_those_of_the_rows():
     means = "by {:.3f}, {:.3f} and {:.3f} nats, no ties (six seeds)".format(*(step.mean for step in steps))
     whole = lower(found[pools[-1], "batch"], found[pools[0], "batch"])
     assert f"{means}; from end to end by {whole.mean:.3f} ({whole.low:.3f} to {whole.high:.3f})" in text
+
+    costs = [found[pool, "batch"][0]["flops"]["per_token"] for pool in (pools[0], pools[-1])]
+    assert f"a token costs {100 * (costs[1] / costs[0] - 1):.0f} % more FLOPs" in text
+    found = setups("pools/ablation.jsonl")
+    verdicts = [lower(found[b, "batch"], found[a, "batch"]).verdict for a, b in itertools.pairwise(pools)]
+    assert verdicts == ["higher", "tie", "tie"]  # the smaller one's loss minus the larger one's
 
     found = setups("studies/ablation.jsonl")
     gains = [lower(found[pool, "batch"], found[pool, "none"]) for pool in pools]
