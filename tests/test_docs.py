@@ -444,8 +444,8 @@ def test_the_readmes_figures_of_the_predecessors_tests_are_those_of_the_rows():
     articles, speeches = differences("peer", "moe")
     assert articles.n == speeches.n == 3
     assert (
-        f"has {articles.mean:.3f} and {speeches.mean:.3f} nats more ({articles.low:.3f} to {articles.high:.3f} and "
-        f"{speeches.low:.3f} to {speeches.high:.3f})"
+        f"has {articles.mean:.3f} and {speeches.mean:.3f} nats more ({articles.low:.3f} to "
+        f"{articles.high:.3f} and {speeches.low:.3f} to {speeches.high:.3f})"
     ) in text
     assert (
         f"in {speeds['peer']['time_ratio']:.2f} of the time and {speeds['peer']['memory_ratio']:.2f} of"
