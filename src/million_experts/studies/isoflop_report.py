@@ -373,7 +373,7 @@ def _figure(study: _Study, path: Path) -> None:
             sizes, losses = [row["flops"]["per_token"] for row in rows], list(map(validation_loss, rows))
             axes.plot(sizes, losses, marker, color=color, ms=6, mfc=fill, label=method)
             curve = _parabola(rows)
-            low, high = (math.inf, -math.inf) if curve is None else curve.range
+            low, high = (math.inf, math.inf) if curve is None else curve.range
             for part in ([size <= low for size in sizes], [size >= high for size in sizes]):
                 axes.plot(np.compress(part, sizes), np.compress(part, losses), ":", color=color, lw=width)
             if curve is None:
