@@ -16,6 +16,7 @@ from million_experts.cli import app
 from million_experts.studies.report import STUDIES, write_report
 from million_experts.studies.runs import Ledger
 from million_experts.studies.statistics import paired_difference
+from million_experts.studies.texts import PYTHON_TOPICS
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/guide.md")
@@ -245,9 +246,9 @@ def best_losses(budget: float, ledger: str = "studies") -> dict[str, dict[str, d
         same = ("size", "learning_rate")
         best = [row for row in own if all(row["labels"][name] == first["labels"][name] for name in same)]
         losses[method] = {
-            test: by_seed(best, lambda row, test=test: row["tests"][test]["loss"]) for test in TESTS
+            test: by_seed(best, lambda row, test=test: row["tests"][test]["loss"])
+            for test in (*TESTS, PYTHON_TOPICS)
         }
-        losses[method]["python-topics"] = by_seed(best, lambda row: row["tests"]["python-topics"]["loss"])
         losses[method]["both"] = by_seed(
             best,
             lambda row: (
@@ -291,8 +292,12 @@ def test_the_readmes_table_of_the_studies_is_that_of_the_rows():
 
 def test_the_readmes_leads_of_both_budgets_are_those_of_the_rows():
     text = prose("## Does it learn more", "More experts help")
-    losses = best_losses(2e13)
-    lead = paired_difference(losses["dense"]["both"], losses["peer:k64"]["both"])
+    large, small = (best_losses(2e13), "peer:k64"), (best_losses(5e12), "peer")
+
+    def over_dense(losses, ours):
+        return [paired_difference(losses["dense"][test], losses[ours][test]) for test in (*TESTS, "both")]
+
+    lead = over_dense(*large)[-1]
     assert f"the lead over dense layers is {lead.mean:.3f} ({lead.low:.3f} to {lead.high:.3f})" in text
     losses = best_losses(4e13, "isoflop-4e13")
     more = losses["dense"]["both"][0] - losses["peer:k64"]["both"][0]
@@ -304,15 +309,10 @@ def test_the_readmes_leads_of_both_budgets_are_those_of_the_rows():
     claims = (
         "2e13: articles {:.3f}, speeches {:.3f}, both {:.3f} ({:.3f} to {:.3f}); 5e12: {:.3f}, {:.3f}, {:.3f}"
     )
-    leads = {
-        budget: [paired_difference(losses["dense"][test], losses[ours][test]) for test in (*TESTS, "both")]
-        for budget, ours in ((2e13, "peer:k64"), (5e12, "peer"))
-        for losses in [best_losses(budget)]
-    }
-    numbers = [*(found.mean for found in leads[2e13]), lead.low, lead.high]
-    numbers += [found.mean for found in leads[5e12]]
+    numbers = [*(found.mean for found in over_dense(*large)), lead.low, lead.high]
+    numbers += [found.mean for found in over_dense(*small)]
     assert claims.format(*numbers) in (ROOT / "docs/decisions.md").read_text()
-    losses = best_losses(5e12)
+    losses = small[0]
     for method, words in (
         ("dense", "over dense layers"),
         ("moe", "over the mixture"),
@@ -328,10 +328,9 @@ def test_the_readmes_leads_of_both_budgets_are_those_of_the_rows():
     assert f"{articles.mean:.3f} (barely a tie) and {speeches.mean:.3f} over Memory+" in text
     for test in TESTS:
         assert paired_difference(losses["pkm"][test], losses["peer"][test]).verdict == "tie"
-    for budget, ours in ((2e13, "peer:k64"), (5e12, "peer")):
-        losses = best_losses(budget)
+    for losses, ours in (large, small):
         topics = [
-            paired_difference(found["python-topics"], losses[ours]["python-topics"])
+            paired_difference(found[PYTHON_TOPICS], losses[ours][PYTHON_TOPICS])
             for method, found in losses.items()
             if method != ours
         ]

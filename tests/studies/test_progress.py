@@ -50,6 +50,10 @@ def test_another_start_of_the_same_machine_counts_and_another_processor_does_not
     assert Pace(rows, MACHINE).seconds(run) == pytest.approx(run.flops * 10 / 1e9)
 
 
+def test_the_quick_measure_is_a_speed():
+    assert 1e8 < module.matrix_flops_per_second() < 1e16
+
+
 def test_the_quick_measure_is_the_best_of_its_products(monkeypatch):
     clock = iter([0.0, 3.0, 10.0, 12.0, 20.0, 24.0, 30.0, 33.0, 40.0, 43.0])
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))

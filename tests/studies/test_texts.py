@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from million_experts.studies.texts import PYTHON_TOPICS, load_texts, texts_key
@@ -69,3 +70,4 @@ def test_text_that_does_not_suit_is_refused(tiny_settings, text_file):
         load_texts(tiny_settings(data=[str(text_file)] * 2))
     with pytest.raises(ValueError, match="context=4096 asks for more tokens than the validation split"):
         load_texts(tiny_settings(context=4096))
+    assert np.array_equal(load_texts(tiny_settings()).train.starts[:1], [0])

@@ -56,7 +56,6 @@ METHODS: dict[str, Method] = {
     "peer": Method("peer", {"sparse_grad": True}, "PEER"),
     "peer_shared": Method("peer", {"sparse_grad": True}, "PEER with a dense feed-forward beside it"),
 }
-VARIANT = re.compile(r"[A-Za-z0-9_.]+")
 
 
 def base_method(name: str) -> str:
@@ -68,7 +67,7 @@ def base_method(name: str) -> str:
         ValueError: the name of neither.
     """
     base, colon, variant = name.partition(":")
-    if base not in METHODS or (colon and not VARIANT.fullmatch(variant)):
+    if base not in METHODS or (colon and not re.fullmatch(r"[A-Za-z0-9_.]+", variant)):
         raise ValueError(
             f"methods must be of {', '.join(METHODS)}, or variants of them such as peer:k64 (letters, "
             f"digits, _ and . after a colon); got {name!r}"
@@ -301,7 +300,7 @@ def plan(options: Options, ledger: Ledger) -> list[Plan]:
         for budget in budgets
         for method in methods
         for runs in [sweep_at(method, budget)]
-        if budget == budgets[0] or options.sweep_every_budget or not ledger.missing(runs)
+        if budget == budgets[0] or options.sweep_every_budget or all(run.name in done for run in runs)
     }
     sizes_later = {b: sum(len(sizes[b]) - ((method, b) in sweep) for method in methods) for b in budgets}
     seeds_later = {

@@ -367,9 +367,10 @@ def _figure(study: _Study, path: Path) -> None:
             rows = [row for row in study.first_seed(method, budget) if "validation" in row]
             if not rows:
                 continue
-            color, marker = STYLES[base_method(method)]
-            width = 2.0 if base_method(method) in OURS else 1.2
-            fill = color if ":" in method else "none"  # of a variant
+            base = base_method(method)
+            color, marker = STYLES[base]
+            width = 2.0 if base in OURS else 1.2
+            fill, line = ("none", "-") if method == base else (color, "--")  # filled and dashed: a variant
             sizes, losses = [row["flops"]["per_token"] for row in rows], list(map(validation_loss, rows))
             axes.plot(sizes, losses, marker, color=color, ms=6, mfc=fill, label=method)
             curve = _parabola(rows)
@@ -379,7 +380,6 @@ def _figure(study: _Study, path: Path) -> None:
             if curve is None:
                 continue
             x = np.geomspace(*curve.range, 100)
-            line = "--" if ":" in method else "-"
             axes.plot(x, [curve(size) for size in x], line, color=color, lw=width)
             if curve.inside:
                 axes.plot([curve.best], [curve.bottom], "*", color=color, ms=10)
