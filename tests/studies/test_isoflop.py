@@ -525,6 +525,12 @@ def test_a_curve_goes_through_the_best_size_and_its_neighbours(tiny_settings, le
     assert "one beyond might do better: dense at 1e9, peer at 1e9." in write_report(edge).read_text()
 
 
+@pytest.mark.parametrize("methods", [("dense",), ("peer",), ("dense", "peer")])
+def test_differences_are_given_where_there_is_another_method(tiny_settings, ledger, methods):
+    fill(make_options(tiny_settings, methods=methods, seeds=1), ledger, lambda labels: 3.0)
+    assert ("## Differences" in write_report(ledger).read_text()) == (len(methods) == 2)
+
+
 def test_a_report_of_a_study_that_has_just_begun_is_whole(tiny_settings, ledger):
     options = make_options(tiny_settings)
     with pytest.raises(ValueError, match="its runs are of none"):

@@ -63,18 +63,21 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
             "every run was scored on the test texts at its end; no choice has looked at them."
             + _in_domain_note(study),
             *(_best_models(study, budget) for budget in study.budgets),
-            "## Differences",
-            "Test loss of PEER minus that of another method, paired by seed and order of data: mean and "
-            "95 % interval over n seeds. *Lower* and *higher* exclude 0, a *tie* does not, and one seed says "
-            "nothing.",
-            *(
-                _differences(study, method, budget)
-                for method in study.methods
-                if base_method(method) in OURS
-                for budget in study.budgets
-                if study.best(method, budget)
-            ),
         ]
+        differences = [
+            _differences(study, method, budget)
+            for method in study.methods
+            if base_method(method) in OURS
+            for budget in study.budgets
+        ]
+        if any(differences):
+            parts += [
+                "## Differences",
+                "Test loss of PEER minus that of another method, paired by seed and order of data: mean and "
+                "95 % interval over n seeds. *Lower* and *higher* exclude 0, a *tie* does not, and one seed "
+                "says nothing.",
+                *filter(None, differences),
+            ]
         modes = modes_table(
             (f"{method}, {format_budget(budget)}", study.best(method, budget))
             for budget in study.budgets
@@ -334,6 +337,7 @@ def _usage(row: Row) -> str:
 
 
 def _differences(study: _Study, ours: str, budget: float) -> str:
+    """Of one of our methods to all others at a budget; empty where there is nothing to compare."""
     mine = study.best(ours, budget)
     lines = []
     for method in study.methods:
@@ -344,6 +348,8 @@ def _differences(study: _Study, ours: str, budget: float) -> str:
                 for test in study.tests
             ]
             lines.append((f"{ours} − {method}", *cells, run_names(theirs)))
+    if not lines:
+        return ""
     header = ("", *(f"{test}, nats" for test in study.tests), "runs of the other")
     return f"### {ours}, {format_budget(budget)} FLOPs\n\nIts runs: {run_names(mine)}\n\n" + markdown_table(
         header, lines
