@@ -358,6 +358,33 @@ def test_what_the_readme_says_of_cost_and_of_the_search_is_what_the_rows_say():
     ) in text
     epochs = peer[0]["epochs"], dense[0]["epochs"]
     assert "reads the text {:.1f} times, the dense one {:.1f} times".format(*epochs) in text
+    # Memory+ at half its rate, and what other rates gave the memories.
+    search = {}
+    for row in read_rows("studies/search.jsonl"):
+        if row["name"].endswith(f"-float32-seed{row['seed']}"):
+            labels = row["labels"]
+            search.setdefault((labels["method"], labels["learning_rate"]), {})[row["seed"]] = row
+    slower = search["memory_plus", 0.002]
+    assert len(slower) == 3
+    leads = [
+        paired_difference(
+            by_seed(slower.values(), lambda row, test=test: row["tests"][test]["loss"]),
+            by_seed(peer, lambda row, test=test: row["tests"][test]["loss"]),
+        )
+        for test in TESTS
+    ]
+    assert all(lead.low > 0 for lead in leads)
+    assert "PEER lower by {:.3f} and {:.3f}, no ties".format(*(lead.mean for lead in leads)) in text
+    decisions = " ".join((ROOT / "docs/decisions.md").read_text().split())
+    assert (
+        f"lead of {leads[0].mean:.3f} ({leads[0].low:.3f} to {leads[0].high:.3f}) "
+        f"and {leads[1].mean:.3f} ({leads[1].low:.3f} to {leads[1].high:.3f}) over them"
+    ) in decisions
+    for method in ("pkm", "memory_plus"):
+        rates = {rate: rows[0] for (name, rate), rows in search.items() if name == method}
+        (rates[0.004],) = runs(method=method, budget=2e13, size="64x3", learning_rate=0.004, seed=0)
+        sweep = ", ".join(f"{rate:g}: {row['validation']['loss']:.4f}" for rate, row in sorted(rates.items()))
+        assert f"({sweep})" in decisions
     # The best size is the smallest that was tried for all kinds at the one budget, for some at the other.
     methods = {row["labels"]["method"] for row in runs(budget=5e12)}
     for budget, some in ((5e12, methods), (2e13, {"moe", "expert_choice", "pkm", "memory_plus"})):
