@@ -467,6 +467,26 @@ def test_the_readmes_figures_of_the_predecessors_tests_are_those_of_the_rows():
         f"{speeches.high:.3f}, three seeds), in {speeds[variant]['time_ratio']:.2f} of its time and "
         f"{speeds[variant]['memory_ratio']:.2f} of its memory"
     ) in text
+    # At higher learning rates: how much both gain, and PEER's loss above the mixture's.
+    rates = {
+        (row["labels"]["test"], row["settings"]["learning_rate"]): [
+            row["tests"][test]["loss"] for test in TESTS
+        ]
+        for row in read_rows("ostix360-rates/ostix360.jsonl")
+    }
+    gains = []
+    for kind, name in (("peer", variant), ("moe", "moe")):
+        (first,) = (row for row in runs[name] if row["seed"] == 0)
+        gains += [first["tests"][test]["loss"] - rates[kind, 2e-3][i] for i, test in enumerate(TESTS)]
+    assert f"at 2e-3 both have {min(gains):.2f} to {max(gains):.2f} nats less" in text
+    above = {
+        rate: [ours - theirs for ours, theirs in zip(rates["peer", rate], rates["moe", rate], strict=True)]
+        for rate in (1e-3, 2e-3)
+    }
+    assert (
+        "PEER is above the mixture by {:.3f} on articles and {:.3f} on speeches; "
+        "at 1e-3 it is below by {:.3f} and {:.3f} (one seed each"
+    ).format(*above[2e-3], *(-more for more in above[1e-3])) in text
     articles, speeches = differences("peer", "moe")
     assert articles.n == speeches.n == 3
     assert (
