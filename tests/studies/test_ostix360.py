@@ -283,6 +283,10 @@ def test_the_report_puts_the_predecessors_figures_beside_ours(tmp_path):
     parts = ostix360_report.sections([*rows, diverged], tmp_path)
     assert "The predecessor had vocabulary 32,000" in parts[0]
     assert "in no mean, are `gone-seed0`" in parts[1]
+    assert "learning rate 0.0005 with a" in parts[0]
+    faster = ostix360_runs(choose_tests(SMALL, learning_rate=2e-3), range(1))
+    mixed = [*rows, *(make_row(run, 4.0, 4.5) for run in faster)]
+    assert "learning rate 0.0005 or 0.002 with a" in ostix360_report.sections(mixed, tmp_path)[0]
     original = {"steps": 2500, "training_loss": [[2500, 4.0]]}
     full = [
         row | original | {"settings": row["settings"] | {"vocab_size": 32_000}}

@@ -41,12 +41,14 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
         return ["No run has been finished."]
     first = tests[names[0]][0]
     settings = first["settings"]
+    learning_rates = sorted({row["settings"]["learning_rate"] for own in tests.values() for row in own})
     titles = _titles(names, tests)
     parts = [
         f"{settings['num_hidden_layers']} blocks of width {settings['hidden_size']}, all feed-forwards of "
         f"the same kind, vocabulary {settings['vocab_size']:,}, {first['steps']:,} steps of "
         f"{settings['batch_size']} x {settings['context']} tokens, learning rate "
-        f"{settings['learning_rate']:g} with a {settings['lr_scheduler_type']} schedule, warm-up "
+        f"{' or '.join(f'{rate:g}' for rate in learning_rates)} with a {settings['lr_scheduler_type']} "
+        "schedule, warm-up "
         f"{settings['warmup_steps']:g} (below 1 a share of the steps).{_scaled(first)} Losses are means "
         "over seeds with half of the 95 % interval, nats per token; the training losses are of the language "
         "model alone, without the router's balancing loss.",
