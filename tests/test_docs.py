@@ -236,6 +236,10 @@ def by_seed(rows, figure) -> dict[int, float]:
     return {row["seed"]: figure(row) for row in rows}
 
 
+def losses_by_seed(rows, test: str) -> dict[int, float]:
+    return by_seed(rows, lambda row: row["tests"][test]["loss"])
+
+
 def best_losses(budget: float, ledger: str = "studies") -> dict[str, dict[str, dict[int, float]]]:
     """Of each method's best model: loss by test, both texts as one too, and by seed."""
     runs = [row for row in read_rows(f"{ledger}/isoflop.jsonl") if row["labels"]["budget"] == budget]
@@ -245,10 +249,7 @@ def best_losses(budget: float, ledger: str = "studies") -> dict[str, dict[str, d
         first = min((row for row in own if row["seed"] == 0), key=lambda row: row["validation"]["loss"])
         same = ("size", "learning_rate")
         best = [row for row in own if all(row["labels"][name] == first["labels"][name] for name in same)]
-        losses[method] = {
-            test: by_seed(best, lambda row, test=test: row["tests"][test]["loss"])
-            for test in (*TESTS, PYTHON_TOPICS)
-        }
+        losses[method] = {test: losses_by_seed(best, test) for test in (*TESTS, PYTHON_TOPICS)}
         losses[method]["both"] = by_seed(
             best,
             lambda row: (
@@ -367,11 +368,7 @@ def test_what_the_readme_says_of_cost_and_of_the_search_is_what_the_rows_say():
     slower = search["memory_plus", 0.002]
     assert len(slower) == 3
     leads = [
-        paired_difference(
-            by_seed(slower.values(), lambda row, test=test: row["tests"][test]["loss"]),
-            by_seed(peer, lambda row, test=test: row["tests"][test]["loss"]),
-        )
-        for test in TESTS
+        paired_difference(losses_by_seed(slower.values(), test), losses_by_seed(peer, test)) for test in TESTS
     ]
     assert all(lead.low > 0 for lead in leads)
     assert "PEER lower by {:.3f} and {:.3f}, no ties".format(*(lead.mean for lead in leads)) in text
@@ -452,9 +449,7 @@ def test_the_readmes_figures_of_the_predecessors_tests_are_those_of_the_rows():
 
     def differences(ours, theirs):
         return [
-            paired_difference(
-                *(by_seed(runs[name], lambda row, t=test: row["tests"][t]["loss"]) for name in (ours, theirs))
-            )
+            paired_difference(losses_by_seed(runs[ours], test), losses_by_seed(runs[theirs], test))
             for test in TESTS
         ]
 

@@ -76,7 +76,7 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
                 "Test loss of PEER minus that of another method, paired by seed and order of data: mean and "
                 "95 % interval over n seeds. *Lower* and *higher* exclude 0, a *tie* does not, and one seed "
                 "says nothing.",
-                *filter(None, differences),
+                *differences,
             ]
         modes = modes_table(
             (f"{method}, {format_budget(budget)}", study.best(method, budget))
