@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.image import imread
 from report_tables import table_cells
 from rich.console import Console
 from typer.testing import CliRunner
@@ -281,6 +282,9 @@ def test_the_report_puts_the_predecessors_figures_beside_ours(tmp_path):
     diverged = {**make_row(run, 0.0, 0.0), "name": "gone-seed0", "status": "diverged"}
     del diverged["validation"]
     parts = ostix360_report.sections([*rows, diverged], tmp_path)
+    assert any(f"]({ostix360_report.FIGURE})" in part for part in parts)
+    height, width, _ = imread(tmp_path / ostix360_report.FIGURE).shape
+    assert width > height > 300
     assert "The predecessor had vocabulary 32,000" in parts[0]
     assert "in no mean, are `gone-seed0`" in parts[1]
     assert "learning rate 0.0005 with a" in parts[0]

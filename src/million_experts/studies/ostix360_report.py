@@ -1,4 +1,4 @@
-"""The report of the predecessor's tests: one table with its figures beside ours, and paired differences."""
+"""The report of the predecessor's tests: one table with its figures beside ours, differences, and curves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+import matplotlib
+
+from million_experts.lm.figures import save_figure
 from million_experts.studies.ostix360 import (
     BASELINE,
     PUBLISHED,
@@ -24,11 +27,15 @@ from million_experts.studies.tables import (
     run_names,
 )
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FIGURE = "ostix360.png"
 LAST = 10  # the "last-step loss" is the mean over the last of so many parts of the steps
 
 
 def sections(rows: Sequence[Row], folder: Path) -> list[str]:
-    """The parts of the report; it has no figures of its own."""
+    """The parts of the report; its figure goes to `folder`."""
     tests: dict[str, list[Row]] = {}
     speeds: dict[str, Row] = {}
     for row in rows:
@@ -60,6 +67,12 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
         "Paired by seed and order of data, negative is better than the baseline: mean and 95 % interval "
         "over n seeds. *Lower* and *higher* exclude 0, a *tie* does not, and one seed says nothing.",
         _differences(titles, tests),
+    ]
+    _figure(titles, tests, folder / FIGURE)
+    parts += [
+        "## Figure",
+        f"![Training and validation loss of the tests]({FIGURE})\n\nCurves are means over seeds, after the "
+        "first quarter of the steps; points are runs.",
     ]
     timed = {name: title for name, title in titles.items() if name in speeds}
     if timed:
@@ -153,6 +166,31 @@ def _differences(titles: Mapping[str, str], tests: dict[str, list[Row]]) -> str:
         "", f"training, last 1/{LAST}", "training, mean", "validation", *_texts(tests), "runs", "baseline's",
     )  # fmt: skip
     return markdown_table(header, lines)
+
+
+def _figure(titles: Mapping[str, str], tests: dict[str, list[Row]], path: Path) -> None:
+    """Training loss over the steps, and validation loss of every run."""
+    figure, (curves, points) = plt.subplots(
+        1, 2, figsize=(11.0, 1.6 + max(2.6, 0.3 * len(titles))), layout="constrained"
+    )
+    colours = plt.get_cmap("tab10" if len(titles) <= 10 else "tab20")
+    for place, (name, title) in enumerate(titles.items()):
+        rows, colour = tests[name], colours(place % colours.N)
+        dashed = "--" if rows[0]["labels"]["test"] == BASELINE else "-"
+        shown = [
+            (step, fmean(row["training_loss"][i][1] for row in rows))
+            for i, (step, _) in enumerate(rows[0]["training_loss"])
+            if step >= rows[0]["steps"] / 4
+        ]
+        curves.plot(*zip(*shown, strict=True), dashed, color=colour, linewidth=1.2)
+        points.plot([_validation(row) for row in rows], [title] * len(rows), "o", color=colour, alpha=0.7)
+    curves.set(xlabel="step", ylabel="training loss, nats per token")
+    points.set(xlabel="validation loss, nats per token")
+    points.invert_yaxis()  # in the order of the tables
+    points.grid(axis="y", alpha=0.3)
+    for axes in (curves, points):
+        axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
 
 
 def _speed_note(rows: Sequence[Row]) -> str:
