@@ -232,6 +232,11 @@ def prose(start: str, end: str) -> str:
     return " ".join(readme[at : readme.index(end, at)].split())
 
 
+def decisions() -> str:
+    """The decisions, with single spaces."""
+    return " ".join((ROOT / "docs/decisions.md").read_text().split())
+
+
 def by_seed(rows, figure) -> dict[int, float]:
     return {row["seed"]: figure(row) for row in rows}
 
@@ -372,16 +377,15 @@ def test_what_the_readme_says_of_cost_and_of_the_search_is_what_the_rows_say():
     ]
     assert all(lead.low > 0 for lead in leads)
     assert "PEER lower by {:.3f} and {:.3f}, no ties".format(*(lead.mean for lead in leads)) in text
-    decisions = " ".join((ROOT / "docs/decisions.md").read_text().split())
     assert (
         f"lead of {leads[0].mean:.3f} ({leads[0].low:.3f} to {leads[0].high:.3f}) "
         f"and {leads[1].mean:.3f} ({leads[1].low:.3f} to {leads[1].high:.3f}) over them"
-    ) in decisions
+    ) in decisions()
     for method in ("pkm", "memory_plus"):
         rates = {rate: rows[0] for (name, rate), rows in search.items() if name == method}
         (rates[0.004],) = runs(method=method, budget=2e13, size="64x3", learning_rate=0.004, seed=0)
         sweep = ", ".join(f"{rate:g}: {row['validation']['loss']:.4f}" for rate, row in sorted(rates.items()))
-        assert f"({sweep})" in decisions
+        assert f"({sweep})" in decisions()
     # The best size is the smallest that was tried for all kinds at the one budget, for some at the other.
     methods = {row["labels"]["method"] for row in runs(budget=5e12)}
     for budget, some in ((5e12, methods), (2e13, {"moe", "expert_choice", "pkm", "memory_plus"})):
@@ -485,7 +489,7 @@ def test_the_readmes_figures_of_the_predecessors_tests_are_those_of_the_rows():
 
     for name in ("5e-4", "1e-3", "2e-3", "4e-3"):
         cells = " | ".join(cell(kind, float(name)) for kind in ("moe", before, found))
-        assert f"| {name} | {cells} |".replace("  ", " ") in text.replace("  ", " ")
+        assert " ".join(f"| {name} | {cells} |".split()) in text
     speed = speeds[rates[found, 2e-3]["labels"]["name"]]
     assert (
         f"takes {speed['time_ratio']:.2f} of the mixture's time and {speed['memory_ratio']:.2f} of its memory"
@@ -494,16 +498,15 @@ def test_the_readmes_figures_of_the_predecessors_tests_are_those_of_the_rows():
     assert f"30 experts a head with the softmax took {more['time_ratio']:.2f} of the time" in text
     precisions = {run: row["precision"] for run, row in rates.items()}
     assert {run for run in precisions if precisions[run] == "bfloat16"} == {("moe", 5e-4), (before, 5e-4)}
-    decisions = " ".join((ROOT / "docs/decisions.md").read_text().split())
     losses = [f"{rates[found, rate]['validation']['loss']:.4f}" for rate in (5e-4, 1e-3, 2e-3)]
-    assert "has {}, {} and {}: lower than the mixture at each rate".format(*losses) in decisions
+    assert "has {}, {} and {}: lower than the mixture at each rate".format(*losses) in decisions()
     leads = [
         rates["moe", rate]["tests"][test]["loss"] - rates[found, 2e-3]["tests"][test]["loss"]
         for rate in (2e-3, 4e-3)
         for test in TESTS
     ]
     assert (
-        "2e-3 and 4e-3, {:.3f} and {:.3f}, and {:.3f} and {:.3f}, with sigmoids".format(*leads) in decisions
+        "2e-3 and 4e-3, {:.3f} and {:.3f}, and {:.3f} and {:.3f}, with sigmoids".format(*leads) in decisions()
     )
     articles, speeches = differences("peer", "moe")
     assert articles.n == speeches.n == 3

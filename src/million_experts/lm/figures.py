@@ -13,6 +13,7 @@ from million_experts.lm.files import write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#2a6fb0", "#d9772b", "#777777"
@@ -121,6 +122,16 @@ def _rank_curve(axes: Any, shares: np.ndarray, **style: Any) -> None:
     # Log-spaced ranks: a million points would make the picture no better.
     ranks = np.unique(np.geomspace(1, len(used), 400).astype(int))
     axes.plot(ranks, used[ranks - 1], **style)
+
+
+def panels_in_a_row(count: int, width: float = 4.8, height: float = 4.0) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of `count` panels without frames, each so many inches wide and high."""
+    figure, panels = plt.subplots(
+        1, count, figsize=(width * count, height), layout="constrained", squeeze=False
+    )
+    for axes in panels[0]:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels[0]
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -10,10 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
-
 from million_experts.layers.retrieval import QUERY_NORMS
-from million_experts.lm.figures import save_figure
+from million_experts.lm.figures import panels_in_a_row, save_figure
 from million_experts.studies.ablation import AXES, FIXED, Axis, Setup
 from million_experts.studies.runs import Row
 from million_experts.studies.statistics import Interval, paired_difference
@@ -25,9 +23,6 @@ from million_experts.studies.tables import (
     modes_table,
     run_names,
 )
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 LOSS_FIGURE, USAGE_FIGURE = "ablation-loss.png", "ablation-usage.png"
 # Query norm -> colour and marker.
@@ -244,7 +239,7 @@ def _figures(study: _Study, folder: Path) -> list[str]:
     )
     parts = []
     if norms or len(active) > 1:
-        figure, panels = _panels(bool(norms) + (len(active) > 1))
+        figure, panels = panels_in_a_row(bool(norms) + (len(active) > 1))
         for norm, setups in norms.items():
             _curve(panels[0], study, setups, lambda setup: setup.num_experts, norm)
         if norms:
@@ -262,7 +257,7 @@ def _figures(study: _Study, folder: Path) -> list[str]:
             "seeds."
         )
     if norms:
-        figure, (left, right) = _panels(2)
+        figure, (left, right) = panels_in_a_row(2)
         for norm, setups in norms.items():
             for axes, name in ((left, "usage"), (right, "unevenness")):
                 color, marker = STYLES[norm]
@@ -277,13 +272,6 @@ def _figures(study: _Study, folder: Path) -> list[str]:
         save_figure(figure, folder / USAGE_FIGURE)
         parts.append(f"![Expert usage and unevenness against the pool]({USAGE_FIGURE})")
     return ["## Figures", *parts] if parts else []
-
-
-def _panels(count: int) -> tuple[Any, Any]:
-    figure, panels = plt.subplots(1, count, figsize=(4.8 * count, 4.0), layout="constrained", squeeze=False)
-    for axes in panels[0]:
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, panels[0]
 
 
 def _show_pools(axes: Any, curves: Iterable[Sequence[Setup]]) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib
+from matplotlib import colormaps
 
-from million_experts.lm.figures import save_figure
+from million_experts.lm.figures import panels_in_a_row, save_figure
 from million_experts.studies.ostix360 import (
     BASELINE,
     PUBLISHED,
@@ -26,9 +26,6 @@ from million_experts.studies.tables import (
     markdown_table,
     run_names,
 )
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 FIGURE = "ostix360.png"
 LAST = 10  # the "last-step loss" is the mean over the last of so many parts of the steps
@@ -170,10 +167,8 @@ def _differences(titles: Mapping[str, str], tests: dict[str, list[Row]]) -> str:
 
 def _figure(titles: Mapping[str, str], tests: dict[str, list[Row]], path: Path) -> None:
     """Training loss over the steps, and validation loss of every run."""
-    figure, (curves, points) = plt.subplots(
-        1, 2, figsize=(11.0, 1.6 + max(2.6, 0.3 * len(titles))), layout="constrained"
-    )
-    colours = plt.get_cmap("tab10" if len(titles) <= 10 else "tab20")
+    figure, (curves, points) = panels_in_a_row(2, width=5.5, height=1.6 + max(2.6, 0.3 * len(titles)))
+    colours = colormaps["tab10" if len(titles) <= 10 else "tab20"]
     for place, (name, title) in enumerate(titles.items()):
         rows, colour = tests[name], colours(place % colours.N)
         dashed = "--" if rows[0]["labels"]["test"] == BASELINE else "-"
@@ -188,8 +183,6 @@ def _figure(titles: Mapping[str, str], tests: dict[str, list[Row]], path: Path) 
     points.set(xlabel="validation loss, nats per token")
     points.invert_yaxis()  # in the order of the tables
     points.grid(axis="y", alpha=0.3)
-    for axes in (curves, points):
-        axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
 
 
