@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from million_experts.studies.statistics import interval, paired_difference
-from million_experts.studies.tables import ALONE_NOTE, format_difference, modes_table
+from million_experts.studies.tables import ALONE_NOTE, commands, format_difference, modes_table
 
 FUTURE = {
     "logit_change": 0.1, "largest_logit_change": 2.0, "divergence": 0.01,
@@ -37,3 +37,17 @@ def test_differences_say_how_many_pairs_they_are_of():
     assert format_difference(interval([-0.5])) == "-0.5000, n=1"
     found = paired_difference({0: 1.0, 1: 1.1, 2: 1.2}, {0: 1.5, 1: 1.6, 2: 1.7})
     assert format_difference(found) == "-0.5000 [-0.5000, -0.5000], n=3, lower"
+
+
+def test_every_command_stands_once_with_its_commits_and_rows_without_one_are_named():
+    rows = [
+        {"name": "a-seed0", "command": "first", "commit": "0123456789abcdef"},
+        {"name": "a-seed1", "command": "first", "commit": "fedcba9876543210"},
+        {"name": "b-seed0", "command": "second"},
+        {"name": "c-seed0", "command": ""},
+        {"name": "c-seed1"},
+    ]
+    text = commands(rows)
+    block = "```console\n# 0123456789ab, fedcba987654\nfirst\n# no commit\nsecond\n```"
+    assert text.endswith(f"{block}\n\nNo command, but the settings in their rows, have `c-seed0,1`.")
+    assert commands(rows[:3]).endswith(block)

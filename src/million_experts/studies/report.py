@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from million_experts.lm.files import write_whole
-from million_experts.studies import ablation_report, isoflop_report, ostix360_report, tables
+from million_experts.studies import ablation_report, isoflop_report, ostix360_report, search_report, tables
 from million_experts.studies.runs import Ledger, Row
 
 # A study's name -> its title, and what writes its figures into a folder and gives the parts of its page.
@@ -15,6 +15,7 @@ STUDIES: dict[str, tuple[str, Sections]] = {
     "isoflop": ("Equal training FLOPs", isoflop_report.sections),
     "ablation": ("One choice of the layer at a time", ablation_report.sections),
     "ostix360": ("The predecessor's three tests", ostix360_report.sections),
+    "search": ("Single runs of the search", search_report.sections),
 }
 
 

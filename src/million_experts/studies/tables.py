@@ -171,12 +171,18 @@ def modes_table(groups: Iterable[tuple[str, Sequence[Row]]]) -> str:
     return f"{table}\n\n{ALONE_NOTE} {', '.join(alone)}." if alone else table
 
 
-def commands(rows: Iterable[Row]) -> str:
-    """The commands that made the rows, each once and with the commits that it was given at, as a block."""
+def commands(rows: Sequence[Row]) -> str:
+    """The commands that made the rows, each once and with the commits that it was given at, as a block.
+
+    Under it are the names of rows that have none.
+    """
     commits: dict[str, dict[str, None]] = {}
     for row in rows:
         if row.get("command"):
             commits.setdefault(row["command"], {})[(row.get("commit") or "no commit")[:12]] = None
     lines = [f"# {', '.join(found)}\n{command}" for command, found in commits.items()]
     note = "Each under the commits at which it was given; options left out have the defaults of that time."
-    return "\n\n".join([note, "```console\n" + "\n".join(lines) + "\n```"])
+    parts = [note, "```console\n" + "\n".join(lines) + "\n```"]
+    if without := [row for row in rows if not row.get("command")]:
+        parts.append(f"No command, but the settings in their rows, have {run_names(without)}.")
+    return "\n\n".join(parts)
