@@ -385,11 +385,11 @@ def test_what_the_readme_says_of_cost_and_of_the_search_is_what_the_rows_say():
         ("moe", "by token choice {}"),
         ("expert_choice", "by expert choice {}"),
     ):
-        rates = {rate: rows[0] for (name, rate), rows in search.items() if name == method}
-        swept = runs(method=method, budget=2e13, size="64x3", seed=0)
-        rates |= {row["labels"]["learning_rate"]: row for row in swept}
+        found = [rows[0] for (name, _), rows in search.items() if name == method]
+        found += runs(method=method, budget=2e13, size="64x3", seed=0)
+        rates = {row["labels"]["learning_rate"]: row for row in found}
         sweep = ", ".join(f"{rate:g}: {row['validation']['loss']:.4f}" for rate, row in sorted(rates.items()))
-        assert len(rates) == 3
+        assert len(rates) == len(found) == 3
         assert words.format(sweep) in decisions()
     # The best size is the smallest that was tried for all kinds at the one budget, for some at the other.
     methods = {row["labels"]["method"] for row in runs(budget=5e12)}
@@ -446,30 +446,26 @@ def test_the_readmes_figures_of_pools_and_norms_are_those_of_the_rows():
     def more_evenly(pool):
         return paired_difference(*(usages(pool, norm, "unevenness") for norm in ("none", "batch")))
 
-    norms = {}
-    for tokens, ledger in (("one", "studies/ablation.jsonl"), ("four", "pools/ablation.jsonl")):
+    norms = []
+    for ledger, words in (
+        ("studies/ablation.jsonl", "{} of 16,384 where it is {} without, {} of a million where it is {};"),
+        ("pools/ablation.jsonl", "after four million {} where it is {}, and {} where it is {}."),
+    ):
         found = setups(ledger)
-        norms[tokens] = [lower(found[pool, "batch"], found[pool, "none"]) for pool in pools]
-        assert all(gain.n == 3 for gain in norms[tokens])
+        norms.append([lower(found[pool, "batch"], found[pool, "none"]) for pool in pools])
+        assert all(gain.n == 3 for gain in norms[-1])
         for pool in pools:
             with_norm, without = usages(pool, "batch"), usages(pool, "none")
             assert all(share > without[seed] for seed, share in with_norm.items())
             assert more_evenly(pool).low > 0
-        shares = [(used(pool, "batch"), used(pool, "none")) for pool in (pools[0], pools[-1])]
-        if tokens == "one":
-            for (batch, none), name in zip(shares, ("16,384", "a million"), strict=True):
-                assert f"{batch} of {name} where it is {none}" in text
-        else:
-            (batch, none), (batch_million, none_million) = shares
-            assert f"{batch} where it is {none}, and {batch_million} where it is {none_million}" in text
-    assert all(gain.low > 0 for gain in norms["one"])
-    assert [gain.verdict for gain in norms["four"]] == ["higher", "higher", "tie", "tie"]
-    low, high = (f(gain.mean for gain in norms["one"]) for f in (min, max))
-    low_four, high_four = (f(gain.mean for gain in norms["four"]) for f in (min, max))
+        shares = [used(pool, norm) for pool in (pools[0], pools[-1]) for norm in ("batch", "none")]
+        assert words.format(*shares) in text
+    assert all(gain.low > 0 for gain in norms[0])
+    assert [gain.verdict for gain in norms[1]] == ["higher", "higher", "tie", "tie"]
+    bounds = [bound(gain.mean for gain in gains) for gains in norms for bound in (min, max)]
     assert (
-        f"is worth {low:.3f} to {high:.3f} nats, after four million {low_four:.3f} to {high_four:.3f}, "
-        "ties in the two larger pools"
-    ) in text
+        "is worth {:.3f} to {:.3f} nats, after four million {:.3f} to {:.3f}, ties in the two larger pools"
+    ).format(*bounds) in text
 
 
 def test_the_readmes_figures_of_the_predecessors_tests_are_those_of_the_rows():

@@ -16,7 +16,7 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
         (
             f"`{row['name']}`",
             f"{row['validation']['loss']:.4f}",
-            *(f"{row['tests'][text]['loss']:.4f}" if "tests" in row else "—" for text in texts),
+            *(f"{row['tests'][text]['loss']:.4f}" if text in row.get("tests", {}) else "—" for text in texts),
         )
         for row in rows
         if "validation" in row
