@@ -13,6 +13,7 @@ from million_experts.lm.settings import (
     FIELD_TYPES,
     FREE_ON_RESUME,
     SECOND_MOMENTS,
+    TABLE_SETTINGS,
     TrainSettings,
     load_preset,
     parse_yaml,
@@ -52,6 +53,17 @@ def test_presets_describe_models_that_can_be_built(name, experts, layers, kinds)
         name: value for name, value in settings.peer.items() if name != "query_norm"
     }
     assert found[0].glu == (name == "ostix360-test2")
+
+
+def test_the_papers_setting_leaves_nothing_to_the_defaults():
+    settings = load_preset("paper-middle")
+    stated = {"num_experts": 1024**2, "num_heads": 8, "experts_per_head": 16, "query_norm": "batch"}
+    form = {"share_keys": True, "score": "softmax", "glu": False}
+    assert (stated | form).items() <= settings.peer.items()
+    # Where the paper is silent: AdamW, one rate for all; what our studies found stays out of it.
+    learning = [getattr(settings, name) for name in TABLE_SETTINGS]
+    rate = settings.learning_rate
+    assert learning == [rate, 0.0, 0.9, "element", rate]
 
 
 def test_every_field_is_documented():

@@ -321,6 +321,16 @@ def test_figures_are_drawn(report):
         assert matplotlib.image.imread(folder / name).shape[1] > 800
 
 
+def test_each_of_the_papers_axes_has_a_panel(tiny_settings, tmp_path):
+    widths = []
+    for axes in (["heads"], ["heads", "active"], ["heads", "active", "num_experts"]):
+        runs = ablation_runs(make_base(tiny_settings), axes, [0], POOLS)
+        parts = sections([make_row(run, 3.0) for run in runs], tmp_path)
+        assert any("(ablation-loss.png)" in part for part in parts)
+        widths.append(matplotlib.image.imread(tmp_path / "ablation-loss.png").shape[1])
+    assert widths == [widths[0], 2 * widths[0], 3 * widths[0]]
+
+
 def test_a_study_that_has_just_begun_has_a_report(tiny_settings, tmp_path):
     runs = ablation_runs(make_base(tiny_settings), seeds=[0], pools=POOLS)
     parts = sections([make_row(runs[0], 3.0)], tmp_path)
@@ -378,6 +388,8 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path):
     planned = invoke(cli.app, [*command, "--dry-run"])
     assert planned.exit_code == 0, planned.output
     assert "16 runs" in planned.output
+    assert {"base-seed0", "query_norm=none-seed1"} <= set(planned.output.split())
+    assert re.search(r"FLOPs, about \d+\.\d\d hours", planned.output)
     assert not (tmp_path / "out" / "ablation.jsonl").exists()
 
     done = invoke(cli.app, command)

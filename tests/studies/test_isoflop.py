@@ -576,6 +576,7 @@ def test_the_study_runs_from_plan_to_report(command, tmp_path):
     planned = invoke(*command, "--dry-run")
     assert planned.exit_code == 0, planned.output
     assert "4 runs, and 4 later ones" in planned.output
+    assert re.search(r"FLOPs, about \d+\.\d\d hours", planned.output)
     assert not (tmp_path / "out" / "isoflop.jsonl").exists()
 
     done = invoke(*command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -298,20 +299,26 @@ def test_the_report_puts_the_predecessors_figures_beside_ours(tmp_path):
         if "steps" in row
     ]
     assert "The predecessor had" not in ostix360_report.sections(full, tmp_path)[0]
-    losses, differences, times = (table_cells(part) for part in parts if part.startswith("|"))
-    peer = dict(zip(losses[0], losses[1], strict=False))
-    assert losses[1][:4] == ["peer (1: PEER, 8 x 30 of 36^2)", "8 x 30 of 1225", "7.65M", "22.2M"]
-    # The last tenth of 20 steps: 1/19 and 1/20 above 4.4.
-    assert losses[1][4:6] == ["4.451 ± 0.000", "4.58"]
+    summary, training, differences, times = (table_cells(part) for part in parts if part.startswith("|"))
+    peer = dict(zip(summary[0], summary[1], strict=True))
+    assert summary[1][:3] == ["peer", "8 x 30 of 1225", "7.65M"]
     assert peer["validation"] == "3.910 ± 0.025"
-    assert losses[3][1] == "2 of 4 experts of width 256"
-    assert losses[1][-1] == "`peer-seed0,1,2`"
+    assert peer["leads"] == "4.010 ± 0.025"
+    assert summary[1][6:10] == ["500 ms", "0.50", "100 MB", "0.50"]
+    assert summary[3][1] == "2 of 4 experts of width 256"
+    assert summary[3][6:10] == ["1000 ms", "1.00", "200 MB", "1.00"]
+    assert summary[1][-1] == "`peer-seed0,1,2`, `peer-speed`"
+    # The last tenth of 20 steps: 1/19 and 1/20 above 4.4.
+    assert training[1][:4] == ["peer (1: PEER, 8 x 30 of 36^2)", "22.2M", "4.451 ± 0.000", "4.58"]
+    assert training[1][-1] == "`peer-seed0,1,2`"
     assert differences[1][0] == "peer − moe"
     assert differences[1][3] == "-0.1000 [-0.1000, -0.1000], n=3, lower"
     assert differences[2][3].endswith("n=3, tie")
-    assert times[1][:5] == ["peer", "500 ms (450 to 550)", "1000 ms", "0.50", "at least 7"]
-    assert times[1][5:8] == ["100 MB", "0.50", "at least 3"]
-    assert times[3][4] == times[3][7] == "1"
+    assert times[1] == ["peer", "450 to 550 ms", "1000 ms", "at least 7", "at least 3", "`peer-speed`"]
+    assert times[3][3:5] == ["1", "1"]
+    untimed = [row for row in rows if row["name"] != "peer-speed"]
+    summary = next(table_cells(p) for p in ostix360_report.sections(untimed, tmp_path) if p.startswith("|"))
+    assert summary[1][6:10] == ["—"] * 4
     assert "while others kept 0.25 to 0.50 cores busy" in "".join(parts)
 
 
@@ -343,6 +350,8 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path, narrow, monkeyp
     planned = invoke(cli.app, [*command, "--dry-run"])
     assert planned.exit_code == 0, planned.output
     assert "6 runs" in planned.output
+    assert {"peer-seed0", "peer_glu-seed1", "moe-seed1"} <= set(planned.output.split())
+    assert re.search(r"FLOPs, about \d+\.\d\d hours", planned.output)
     assert not (tmp_path / "out").exists()
 
     done = invoke(cli.app, command)
@@ -372,7 +381,7 @@ def test_the_study_runs_from_plan_to_report(text_file, tmp_path, narrow, monkeyp
     page = (out / "ostix360.md").read_text()
     assert "- moe, variant 1: learning_rate=0.01.\n" in page
     differences = [
-        line[0] for line in table_cells(page[page.index("## Differences") : page.index("## Time")])
+        line[0] for line in table_cells(page[page.index("## Differences") : page.index("## How time")])
     ]
     assert differences[1:] == [
         f"{name} − {baseline}"

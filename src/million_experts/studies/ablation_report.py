@@ -227,30 +227,36 @@ def _modes(study: _Study) -> list[str]:
 
 
 def _figures(study: _Study, folder: Path) -> list[str]:
-    """Loss against the pool and against the experts at work, and usage against the pool."""
+    """Loss against the pool, the experts at work and the heads, and usage against the pool."""
     norms = {
         norm: study.present(replace(study.base, num_experts=pool, query_norm=norm) for pool in study.pools)
         for norm in QUERY_NORMS
     }
     norms = {norm: setups for norm, setups in norms.items() if len(setups) > 1}
-    active = sorted(
-        study.present([study.base, *AXES["active"].setups(study.base, study.pools)]),
-        key=lambda setup: setup.active,
+    base = study.base
+    sizes = (  # of the panels that vary the base's layer: axis, what is varied, what it is called
+        ("active", lambda setup: setup.active, f"experts at work, {base.num_experts:,} in the pool"),
+        ("heads", lambda setup: setup.num_heads, f"heads, {base.active} experts at work in all"),
     )
+    varied = []
+    for axis, size, label in sizes:
+        setups = study.present([base, *AXES[axis].setups(base, study.pools)])
+        if len(setups) > 1:
+            varied.append((sorted(setups, key=size), size, label))
     parts = []
-    if norms or len(active) > 1:
-        figure, panels = panels_in_a_row(bool(norms) + (len(active) > 1))
+    if norms or varied:
+        figure, panels = panels_in_a_row(bool(norms) + len(varied))
+        panels[0].set(ylabel="validation loss, nats per token")
         for norm, setups in norms.items():
             _curve(panels[0], study, setups, lambda setup: setup.num_experts, norm)
         if norms:
             _show_pools(panels[0], norms.values())
         if len(norms) > 1:
             panels[0].legend(title="query norm", frameon=False)
-        if len(active) > 1:
-            _curve(panels[-1], study, active, lambda setup: setup.active, study.base.query_norm)
-            panels[-1].set(xlabel=f"experts at work, {study.base.num_experts:,} in the pool")
-            _show_numbers(panels[-1], [setup.active for setup in active])
-        panels[0].set(ylabel="validation loss, nats per token")
+        for axes, (setups, size, label) in zip(panels[bool(norms) :], varied, strict=True):
+            _curve(axes, study, setups, size, base.query_norm)
+            axes.set(xlabel=label)
+            _show_numbers(axes, [size(setup) for setup in setups])
         save_figure(figure, folder / LOSS_FIGURE)
         parts.append(
             f"![Validation loss against experts]({LOSS_FIGURE})\n\nPoints are runs, lines the means over "

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from matplotlib import colormaps
 
@@ -57,9 +58,14 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
         "over seeds with half of the 95 % interval, nats per token; the training losses are of the language "
         "model alone, without the router's balancing loss.",
         diverged_note(rows),
-        "## Loss",
-        _losses(titles, tests),
+        "## Loss, time and memory",
+        f"Losses of texts that were not trained on; a step's time and peak memory, each also as a ratio to "
+        f"those of {BASELINE}. How they were taken and what the predecessor says of its own: further down. "
+        "A dash: not measured.",
+        _summary(titles, tests, speeds),
         *_variants(titles, tests),
+        "## Training loss, beside the predecessor's",
+        _training_losses(titles, tests),
         "## Differences from the baseline",
         "Paired by seed and order of data, negative is better than the baseline: mean and 95 % interval "
         "over n seeds. *Lower* and *higher* exclude 0, a *tie* does not, and one seed says nothing.",
@@ -73,7 +79,11 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
     ]
     timed = {name: title for name, title in titles.items() if name in speeds}
     if timed:
-        parts += ["## Time and memory", _speed_note([speeds[name] for name in timed]), _speed(timed, speeds)]
+        parts += [
+            "## How time and memory were taken",
+            _speed_note([speeds[name] for name in timed]),
+            _speed(timed, speeds),
+        ]
     return parts
 
 
@@ -107,7 +117,39 @@ def _variants(titles: Mapping[str, str], tests: dict[str, list[Row]]) -> list[st
     return ["Variants change:", "\n".join(lines)] if lines else []
 
 
-def _losses(titles: Mapping[str, str], tests: dict[str, list[Row]]) -> str:
+def _summary(titles: Mapping[str, str], tests: dict[str, list[Row]], speeds: Mapping[str, Row]) -> str:
+    """All that was measured of each test, a line each."""
+    lines = []
+    for name, title in titles.items():
+        rows = tests[name]
+        timed = [speeds[name]] if name in speeds else []
+        lines.append(
+            (
+                title,
+                _layer(rows[0]),
+                f"{rows[0]['parameters']['total'] / 1e6:.2f}M",
+                _mean(rows, _validation),
+                *(_mean(rows, _test(text)) for text in _texts(tests)),
+                *(_cost(timed[0]["speed"]) if timed else ["—"] * 4),
+                run_names([*rows, *timed]),
+            )
+        )
+    header = (
+        "test", "layer", "parameters", "validation", *_texts(tests), "time of a step",
+        "over the baseline", "peak memory", "over the baseline", "runs",
+    )  # fmt: skip
+    return markdown_table(header, lines, left=2)
+
+
+def _cost(speed: Mapping[str, Any]) -> list[str]:
+    """Time and memory of a step, each with its ratio to the baseline's."""
+    time = [f"{1e3 * speed['seconds']['median']:.0f} ms", f"{speed['time_ratio']:.2f}"]
+    if (peak := speed.get("peak_bytes")) is None:
+        return [*time, "—", "—"]
+    return [*time, f"{peak / 1e6:.0f} MB", f"{speed['memory_ratio']:.2f}"]
+
+
+def _training_losses(titles: Mapping[str, str], tests: dict[str, list[Row]]) -> str:
     lines = []
     for name, title in titles.items():
         rows = tests[name]
@@ -116,27 +158,23 @@ def _losses(titles: Mapping[str, str], tests: dict[str, list[Row]]) -> str:
         lines.append(
             (
                 title if variant else f"{title} ({published.title})",
-                _layer(rows[0]),
-                f"{rows[0]['parameters']['total'] / 1e6:.2f}M",
-                f"{published.parameters}M" if not variant else "",
+                "" if variant else f"{published.parameters}M",
                 *(
                     cell
                     for part, theirs in (
                         (_last, published.last_loss),
                         (_training, published.training_loss),
                     )
-                    for cell in (_mean(rows, part), f"{theirs}" if not variant else "")
+                    for cell in (_mean(rows, part), "" if variant else f"{theirs}")
                 ),
-                _mean(rows, _validation),
-                *(_mean(rows, _test(text)) for text in _texts(tests)),
                 run_names(rows),
             )
         )
     header = (
-        "test", "layer", "parameters", "there", f"training, last 1/{LAST}", "there, last step",
-        "training, mean", "there", "validation", *_texts(tests), "runs",
+        "test", "parameters there", f"last 1/{LAST} of the steps", "there, last step", "mean", "there",
+        "runs",
     )  # fmt: skip
-    return markdown_table(header, lines, left=2)
+    return markdown_table(header, lines)
 
 
 def _layer(row: Row) -> str:
@@ -207,25 +245,21 @@ def _speed_note(rows: Sequence[Row]) -> str:
 def _speed(titles: Mapping[str, str], speeds: dict[str, Row]) -> str:
     lines = []
     for name, title in titles.items():
-        speed = speeds[name]["speed"]
-        times = speed["seconds"]
-        peak, baseline = speed.get("peak_bytes"), speeds[name]["labels"]["test"] == BASELINE
+        times = speeds[name]["speed"]["seconds"]
+        baseline = speeds[name]["labels"]["test"] == BASELINE
         lines.append(
             (
                 title,
-                f"{1e3 * times['median']:.0f} ms ({1e3 * times['q1']:.0f} to {1e3 * times['q3']:.0f})",
+                f"{1e3 * times['q1']:.0f} to {1e3 * times['q3']:.0f} ms",
                 f"{1e3 * speeds[name]['baseline']['seconds']['median']:.0f} ms",
-                f"{speed['time_ratio']:.2f}",
                 "1" if baseline else f"at least {PUBLISHED_TIME}",
-                "—" if peak is None else f"{peak / 1e6:.0f} MB",
-                "—" if peak is None else f"{speed['memory_ratio']:.2f}",
                 "1" if baseline else f"at least {PUBLISHED_MEMORY}",
                 run_names([speeds[name]]),
             )
         )
     header = (
-        "test", "time of a step", "baseline's", "over the baseline", "there",
-        "peak memory", "over the baseline", "there", "row",
+        "test", "quartiles of its steps", "baseline's median", "time over the baseline, there",
+        "memory over the baseline, there", "row",
     )  # fmt: skip
     return markdown_table(header, lines)
 
