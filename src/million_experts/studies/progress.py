@@ -13,12 +13,16 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from million_experts.lm.memory import takes_bfloat16
+from million_experts.lm.settings import TrainSettings
+from million_experts.lm.training import model_config
+from million_experts.models import PeerForCausalLM
+from million_experts.models.attention import with_fast_attention
+from million_experts.studies.flops import training_flops_per_token
 
 if TYPE_CHECKING:
     from million_experts.studies.runs import Run
 
-# Of the speed of one large matrix product, what training a small model reaches.
-UTILISATION = 0.3
+PROBE_TOKENS = 1024
 
 
 class Pace:
@@ -27,10 +31,13 @@ class Pace:
     Args:
         rows: of a ledger; those of other machines or numbers of threads do not count.
         machine: what `benchmarks.machine.describe` says of this one.
+        settings: of one of the runs, of which the measure is taken.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], machine: Mapping[str, Any]):
-        self._machine = machine
+    def __init__(
+        self, rows: Iterable[Mapping[str, Any]], machine: Mapping[str, Any], settings: TrainSettings
+    ):
+        self._machine, self._settings = machine, settings
         self._finished: list[tuple[Any, float, float]] = []
         self._measured: float | None = None
         for row in rows:
@@ -51,7 +58,10 @@ class Pace:
         """What the expectation rests on."""
         if self._finished:
             return f"by {len(self._finished)} finished runs"
-        return "by a matrix product: a guess until a run is finished"
+        return (
+            "a guess by a step of a dense model, without what testing takes, until a run has been finished "
+            "on this machine with as many threads"
+        )
 
     def seconds_per_flop(self, method: Any = None) -> float:
         """Of finished runs of a method, if there are any, or of all, or by the measure."""
@@ -59,22 +69,28 @@ class Pace:
         if alike:
             return sum(seconds for _, _, seconds in alike) / sum(flops for _, flops, _ in alike)
         if self._measured is None:
-            self._measured = 1 / (UTILISATION * matrix_flops_per_second())
+            self._measured = 1 / training_flops_per_second(self._settings)
         return self._measured
 
 
-def matrix_flops_per_second() -> float:
-    """What this machine's matrix product of a small model's shape reaches, measured for a moment."""
-    dtype = torch.bfloat16 if takes_bfloat16("auto") else torch.float32
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    a = torch.randn(4096, 256, device=device).to(dtype)
-    b = torch.randn(256, 1024, device=device).to(dtype)
+def training_flops_per_second(settings: TrainSettings) -> float:
+    """What training of the settings' model reaches with dense feed-forwards: the best of three steps."""
+    dense = settings.with_overrides({"mlp_layer_types": "dense"})
+    config = model_config(dense, dense.vocab_size)
+    bfloat16 = takes_bfloat16(dense.precision)
+    with torch.device(torch.accelerator.current_accelerator() or "cpu"):
+        model = with_fast_attention(PeerForCausalLM(config), bfloat16)
+        tokens = torch.randint(dense.vocab_size, (max(1, PROBE_TOKENS // dense.context), dense.context))
     best = float("inf")
-    for _ in range(5):
+    for _ in range(3):
         start = time.perf_counter()
-        (a @ b).sum().item()
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bfloat16):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        model.zero_grad()
+        loss.item()  # waits for an accelerator
         best = min(best, time.perf_counter() - start)
-    return 2 * 4096 * 256 * 1024 / best
+    return training_flops_per_token(config, dense.context).total * tokens.numel() / best
 
 
 def _speed_of(row: Mapping[str, Any]) -> tuple[Any, ...]:

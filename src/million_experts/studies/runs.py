@@ -251,7 +251,7 @@ def execute(
     if not pending:
         return
     machine = describe()
-    pace = Pace(ledger.rows(), machine)
+    pace = Pace(ledger.rows(), machine, pending[0].settings)
     texts: Texts | None = None
     key: tuple[Any, ...] = ()
     with StudyProgress(console, pending, pace, later_flops) as progress:
@@ -303,7 +303,7 @@ def print_runs(
         later_flops: training FLOPs of those.
     """
     pending = ledger.missing(runs)
-    pace = Pace(ledger.rows(), describe())
+    pace = Pace(ledger.rows(), describe(), runs[0].settings if runs else TrainSettings())
     table = Table(title=f"Runs known so far and not in {ledger.path}", title_justify="left")
     for column in ("run", "model", "steps", "FLOPs", "expected"):
         table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
