@@ -307,7 +307,7 @@ BAD_OPTIONS = [
     (["--vocab-size", "100"], 1, ["vocab_size must be at least 257", "got 100"]),
     (["--context", "50000"], 1, ["context=50000", "train split", "smaller context"]),
     (["--context", "2000"], 1, ["context=2000", "validation split", "validation_share"]),
-    (["--validation-share", "0.95"], 1, ["200 documents", "validation_share=0.95", "test_share=0.1"]),
+    (["--validation-share", "0.899"], 1, ["200 documents", "validation_share=0.899", "test_share=0.1"]),
 ]
 
 
@@ -753,6 +753,8 @@ def test_broken_models_are_refused(run, tmp_path):
     cut = shutil.copytree(run, tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes()[:1000])
     assert f"model {cut} is damaged: its weights cannot be read" in message_of(invoke("generate", cut), 1)
+    bare = shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert f"model {bare} has no weights that can be read" in message_of(invoke("inspect", bare), 1)
     mute = shutil.copytree(run, tmp_path / "mute")
     for path in mute.glob("tokenizer*"):
         path.unlink()

@@ -380,6 +380,8 @@ def _load(model: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         language_model = AutoModelForCausalLM.from_pretrained(model).eval().to(device)
     except SafetensorError as error:
         raise ValueError(f"model {model} is damaged: its weights cannot be read ({error})") from error
+    except OSError as error:
+        raise ValueError(f"model {model} has no weights that can be read: {error}") from error
     try:
         return language_model, AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:

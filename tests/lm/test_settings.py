@@ -172,6 +172,7 @@ def test_every_field_refuses_another_type(name):
         ("table_learning_rate", -1.0, "table_learning_rate must be positive, got -1.0"),
         ("retrieval_learning_rate", 0, "retrieval_learning_rate must be positive, got 0"),
         ("validation_share", 0.0, "validation_share must be between 0 and 1, got 0.0"),
+        ("validation_share", 0.95, "validation_share and test_share must leave text .* got 0.95 and 0.05"),
         ("test_share", 1.5, "test_share must be between 0 and 1, got 1.5"),
         ("attention_dropout", 2, "attention_dropout must be at least 0 and below 1, got 2.0"),
         ("adam_beta1", 1.0, "adam_beta1 must be at least 0 and below 1, got 1.0"),

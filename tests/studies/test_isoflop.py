@@ -17,6 +17,7 @@ from million_experts import cli
 from million_experts.layers import DenseFeedForward
 from million_experts.lm import training
 from million_experts.models import PeerForCausalLM, count_parameters
+from million_experts.studies import command as study_command
 from million_experts.studies import isoflop_report
 from million_experts.studies.command import isoflop
 from million_experts.studies.flops import training_flops_per_token
@@ -613,6 +614,10 @@ def test_the_study_runs_from_plan_to_report(command, tmp_path):
     assert "0 runs, and 0 later ones" in invoke(*command, "--dry-run").output
 
 
+def test_the_commands_methods_are_those_of_the_study():
+    assert tuple(METHODS) == study_command.METHODS
+
+
 def test_mistakes_are_named_in_a_line(command, tmp_path):
     for arguments, message in (
         ([*command, "--sizes", "16"], "sizes must be WIDTHxBLOCKS"),
@@ -622,6 +627,19 @@ def test_mistakes_are_named_in_a_line(command, tmp_path):
         (["study", "ablation", "--pools", "64.5"], "pools must be whole numbers"),
         ([*command, "--budget", "1e3"], "budget must pay for 10 steps at least"),
         (["study", "report", str(tmp_path / "nowhere")], "no ledger of a study in"),
+        (["study", "report", __file__], "folder must be that of the ledgers, got the file"),
+        (
+            ["study", "ablation", "--steps", "9", "--budget", "1e9"],
+            "--steps and --budget exclude each other, got --steps 9 and --budget 1e+09",
+        ),
+        (
+            ["study", "ostix360", "--steps", "9", "--budget", "1e9"],
+            "--steps and --budget exclude each other, got --steps 9 and --budget 1e+09",
+        ),
+        (
+            ["study", "ablation", "--num-experts", "64", "--peer", "num_experts=64"],
+            "--num-experts and --peer num_experts exclude each other",
+        ),
     ):
         result = invoke(*arguments)
         assert result.exit_code == 1, result.output

@@ -112,7 +112,7 @@ def test_other_arguments_keep_the_parameters_equal():
             {"peer": {"num_experts": 128**2}},
             r"peer must have the baseline's 7,709,952 parameters within 2%, got",
         ),
-        ({"peer": {"trees": 3}}, "PEER has no argument 'trees'"),
+        ({"peer": {"trees": 3}}, "PEER has no argument 'trees'.* and of training table_learning_rate, .*"),
         ({"tests": ["peer", "dense"]}, "tests must be among peer, peer_glu, moe, got 'dense'"),
     ],
 )

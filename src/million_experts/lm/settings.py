@@ -179,6 +179,11 @@ class TrainSettings:
             value = getattr(self, name)
             if not 0 < value < 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {value}")
+        if self.validation_share + self.test_share >= 1:
+            raise ValueError(
+                "validation_share and test_share must leave text to train on, so be below 1 together, got "
+                f"{self.validation_share} and {self.test_share}"
+            )
         for name in ("attention_dropout", "adam_beta1", "adam_beta2", "table_adam_beta1"):
             value = getattr(self, name)
             if not 0 <= value < 1:

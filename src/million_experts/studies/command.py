@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 HELP = "Compare PEER with its competitors at equal cost: training runs, a ledger of them, a report."
 DEFAULT_OUTPUT = Path("runs/studies")
 DATA = ["wikipedia-leads", "state-of-the-union"]
+METHODS = ("dense", "swiglu", "moe", "expert_choice", "pkm", "memory_plus", "peer", "peer_shared")
 
 Output = Annotated[
     Path,
@@ -37,7 +38,7 @@ DryRun = Annotated[
 Data = Annotated[
     list[str],
     typer.Option(
-        help="Corpus, as in `train`; repeat for several. Each one's test split is tested on by itself.",
+        help="Corpus, as in `train`; repeat for several. `isoflop` tests on each one's test split by itself.",
     ),
 ]
 TextColumn = Annotated[str, typer.Option(help="Column of the text in JSONL, Parquet and hub data.")]
@@ -71,9 +72,11 @@ def isoflop(
         str,
         typer.Option(
             help="Feed-forwards of the middle block, with commas between. A name after a colon, as in "
-            "peer:k64, makes it a variant: its rows stand beside those of other layer arguments."
+            "peer:k64, makes it a variant: its rows stand beside those of other layer arguments. By default "
+            f"all: {', '.join(METHODS)}.",
+            show_default=False,
         ),
-    ] = "dense,swiglu,moe,expert_choice,pkm,memory_plus,peer,peer_shared",
+    ] = ",".join(METHODS),
     seeds: Seeds = 3,
     sizes: Annotated[
         list[str] | None,
@@ -194,7 +197,12 @@ def ablation(
     pools: Annotated[
         str, typer.Option(help="Numbers of experts of the axes num_experts and query_norm.")
     ] = "16384,65536,262144,1048576",
-    steps: Annotated[int, typer.Option(min=1, help="Steps of every run, so all read the same text.")] = 500,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Steps of every run, so all read the same text; by default 500.", show_default=False
+        ),
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(help="Training FLOPs of every run in place of --steps.", show_default=False),
@@ -203,7 +211,9 @@ def ablation(
     usage_tokens: Annotated[
         int, typer.Option(min=1, help="Validation tokens over which expert usage is taken.")
     ] = 200_000,
-    num_experts: Annotated[int, typer.Option(help="Experts of the base.")] = 128**2,
+    num_experts: Annotated[
+        int | None, typer.Option(help="Experts of the base; by default 128^2.", show_default=False)
+    ] = None,
     peer: Annotated[list[str] | None, _arguments("the base's PEER layer")] = None,
     dense: Annotated[list[str] | None, _arguments("the dense layers")] = None,
     hidden_size: Annotated[int, typer.Option(help="Width of the model.")] = 256,
@@ -237,6 +247,9 @@ def ablation(
     from million_experts.studies.ablation import AXES, ablation_runs, usage_and_modes
     from million_experts.studies.runs import execute, print_runs
 
+    _one_of({"--steps": steps, "--budget": budget})
+    arguments = layer_arguments("peer", peer)
+    _one_of({"--num-experts": num_experts, "--peer num_experts": arguments.get("num_experts")})
     base = TrainSettings(
         data=list(data),
         text_column=text_column,
@@ -252,11 +265,11 @@ def ablation(
         hidden_size=hidden_size,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
-        steps=steps,
+        steps=500 if steps is None else steps,
         learning_rate=learning_rate,
         table_learning_rate=table_rate * learning_rate,
         retrieval_learning_rate=retrieval_rate * learning_rate,
-        peer={"num_experts": num_experts, **layer_arguments("peer", peer)},
+        peer={"num_experts": 128**2 if num_experts is None else num_experts, **arguments},
         dense=layer_arguments("dense", dense),
     )
     runs = ablation_runs(
@@ -356,6 +369,7 @@ def ostix360(
     from million_experts.studies.ostix360 import choose_tests, name_variants, ostix360_runs, run_study
     from million_experts.studies.runs import print_runs
 
+    _one_of({"--steps": steps, "--budget": budget})
     scaled = {"data": DATA, "max_documents": None, "vocab_size": 4096, "steps": 1000}
     given = {
         "data": data,
@@ -451,6 +465,16 @@ def layer_arguments(name: str, pairs: list[str] | None) -> dict[str, Any]:
         return parse_arguments(pairs or [])
     except ValueError as error:
         raise ValueError(f"--{name.replace('_', '-')} {error}") from error
+
+
+def _one_of(options: dict[str, Any]) -> None:
+    """Refuses options that were given together though each decides what the other would."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if len(given) > 1:
+        got = (
+            f"{name} {_exact(value) if isinstance(value, float) else value}" for name, value in given.items()
+        )
+        raise ValueError(f"{' and '.join(given)} exclude each other, got {' and '.join(got)}")
 
 
 def _names(text: str) -> list[str]:

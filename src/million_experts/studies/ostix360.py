@@ -100,6 +100,10 @@ def choose_tests(
     if learning_rate is not None:
         changes["learning_rate"] = learning_rate
         training = dict.fromkeys(_RATES, learning_rate) | training
+    try:
+        complete_arguments("peer", arguments)
+    except ValueError as error:
+        raise ValueError(f"{error}, and of training {', '.join(TABLE_SETTINGS)}") from error
     target = parameters(baseline)
     selected = {}
     for name in tests:

@@ -75,7 +75,7 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
     parts += [
         "## Figure",
         f"![Training and validation loss of the tests]({FIGURE})\n\nCurves are means over seeds, after the "
-        "first quarter of the steps; points are runs.",
+        "first quarter of the steps, in the colours that the points have; points are runs.",
     ]
     timed = {name: title for name, title in titles.items() if name in speeds}
     if timed:

@@ -70,8 +70,11 @@ def write_reports(folder: Path) -> list[Path]:
     """Writes the report of every study that has a ledger in a folder.
 
     Raises:
+        NotADirectoryError: it is no folder.
         FileNotFoundError: there is none.
     """
+    if folder.is_file():
+        raise NotADirectoryError(f"folder must be that of the ledgers, got the file {folder}")
     found = [path for path in sorted(folder.glob("*.jsonl")) if path.stem.split("-")[0] in STUDIES]
     if not found:
         names = ", ".join(f"{study}.jsonl" for study in STUDIES)
