@@ -46,7 +46,8 @@ def sections(rows: Sequence[Row], folder: Path) -> list[str]:
         f"{_training(rows)} Validation loss and its difference, to the base unless said otherwise, are "
         "means over seeds, the difference paired by seed with half of its 95 % interval (Student's t): "
         "*lower* and *higher* exclude 0, a *tie* does not, and one seed (*?*) says nothing: it is compared "
-        f"with the base's run of that seed, not with its mean. Perplexity is that of the mean. Usage and unevenness (KL from uniform, nats) are over {_usage_tokens(rows)} validation "
+        "with the base's run of that seed, not with its mean. Perplexity is that of the mean. Usage and "
+        f"unevenness (KL from uniform, nats) are over {_usage_tokens(rows)} validation "
         "tokens, each read once, the mean of the layers where there are several."
     ]
     if note := diverged_note(rows):
