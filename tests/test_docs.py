@@ -34,7 +34,7 @@ TINY_STUDY = (
 ).split()
 TINY_STUDIES = {
     "isoflop": "--budget 1e8 --methods dense,peer --sizes 16x2 --learning-rates 2e-3".split(),
-    "ablation": "--num-experts 64 --pools 64 --steps 2 --hidden-size 16 --num-hidden-layers 2".split(),
+    "ablation": "--pools 64 --steps 2 --hidden-size 16 --num-hidden-layers 2".split(),
     "ostix360": "--steps 2 --timed-steps 3 --tests moe".split(),
 }
 
