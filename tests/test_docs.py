@@ -297,7 +297,7 @@ def test_the_readmes_table_of_the_studies_is_that_of_the_rows():
 
 
 def test_the_readmes_leads_of_both_budgets_are_those_of_the_rows():
-    text = prose("## Does it learn more", "More experts help")
+    text = prose("## Does it learn more", "At equal numbers of training tokens")
     large, small = (best_losses(2e13), "peer:k64"), (best_losses(5e12), "peer")
 
     def over_dense(losses, ours):
@@ -401,7 +401,7 @@ def test_what_the_readme_says_of_cost_and_of_the_search_is_what_the_rows_say():
 
 
 def test_the_readmes_figures_of_pools_and_norms_are_those_of_the_rows():
-    text = prose("More experts help", "![Validation loss over the number")
+    text = prose("At equal numbers of training tokens", "![Validation loss over the number")
 
     def setups(ledger):
         found: dict[tuple[int, str], list[dict]] = {}
@@ -419,18 +419,36 @@ def test_the_readmes_figures_of_pools_and_norms_are_those_of_the_rows():
         )
 
     pools = [16_384, 65_536, 262_144, 1_048_576]
+
+    def steps_of(found):
+        return [lower(found[b, "batch"], found[a, "batch"]) for a, b in itertools.pairwise(pools)]
+
     found = setups("pools-heads8/ablation.jsonl")
-    steps = [lower(found[b, "batch"], found[a, "batch"]) for a, b in itertools.pairwise(pools)]
+    steps = steps_of(found)
     assert all(step.low > 0 and step.n == 6 for step in steps)
     means = "by {:.3f}, {:.3f} and {:.3f} nats, no ties (six seeds)".format(*(step.mean for step in steps))
     whole = lower(found[pools[-1], "batch"], found[pools[0], "batch"])
     assert f"{means}; from end to end by {whole.mean:.3f} ({whole.low:.3f} to {whole.high:.3f})" in text
 
-    costs = [found[pool, "batch"][0]["flops"]["per_token"] for pool in (pools[0], pools[-1])]
-    assert f"a token costs {100 * (costs[1] / costs[0] - 1):.0f} % more FLOPs" in text
+    wide = setups("pools-2e13/ablation.jsonl")
+    dearer = []
+    for some in (found, wide):
+        costs = [some[pool, "batch"][0]["flops"]["per_token"] for pool in (pools[0], pools[-1])]
+        dearer.append(100 * (costs[1] / costs[0] - 1))
+    assert (
+        "a token costs {:.0f} % more FLOPs in the narrower models, {:.0f} % in the wider".format(*dearer)
+        in text
+    )
     found = setups("pools/ablation.jsonl")
-    verdicts = [lower(found[b, "batch"], found[a, "batch"]).verdict for a, b in itertools.pairwise(pools)]
+    verdicts = [step.verdict for step in steps_of(found)]
     assert verdicts == ["higher", "tie", "tie"]  # the smaller one's loss minus the larger one's
+    assert all(row["flops"]["total"] >= 2e13 for rows in wide.values() for row in rows)
+    steps = steps_of(wide)
+    assert [(step.verdict, step.n) for step in steps] == [("tie", 3), ("higher", 3), ("tie", 3)]
+    assert (
+        f"lower by {steps[0].mean:.3f} (a tie) and {steps[1].mean:.3f}, and the last is none: a million "
+        f"experts are {-steps[2].mean:.3f} higher (a tie; three seeds)"
+    ) in text
 
     def usages(pool, norm, figure="usage"):
         def of_layer(row):
@@ -446,10 +464,25 @@ def test_the_readmes_figures_of_pools_and_norms_are_those_of_the_rows():
     def more_evenly(pool):
         return paired_difference(*(usages(pool, norm, "unevenness") for norm in ("none", "batch")))
 
+    ends = pools[0], pools[-1]
     norms = []
-    for ledger, words in (
-        ("studies/ablation.jsonl", "{} of 16,384 where it is {} without, {} of a million where it is {};"),
-        ("pools/ablation.jsonl", "after four million {} where it is {}, and {} where it is {}."),
+    for ledger, some, words in (
+        (
+            "pools-2e13/ablation.jsonl",
+            pools,
+            "{} of 16,384 used where it is {} without, {} of 65,536 where it is {}, {} of 262,144 where it "
+            "is {}, and {} of a million where it is {}, no ties.",
+        ),
+        (
+            "studies/ablation.jsonl",
+            ends,
+            "{} of 16,384 where it is {} without, {} of a million where it is {};",
+        ),
+        (
+            "pools/ablation.jsonl",
+            ends,
+            "after four million {} where it is {}, and {} where it is {} (both ties;",
+        ),
     ):
         found = setups(ledger)
         norms.append([lower(found[pool, "batch"], found[pool, "none"]) for pool in pools])
@@ -458,13 +491,21 @@ def test_the_readmes_figures_of_pools_and_norms_are_those_of_the_rows():
             with_norm, without = usages(pool, "batch"), usages(pool, "none")
             assert all(share > without[seed] for seed, share in with_norm.items())
             assert more_evenly(pool).low > 0
-        shares = [used(pool, norm) for pool in (pools[0], pools[-1]) for norm in ("batch", "none")]
+            uneven = usages(pool, "none", "unevenness")
+            assert all(own < uneven[seed] for seed, own in usages(pool, "batch", "unevenness").items())
+            more = paired_difference(with_norm, without)
+            tie = ledger == "pools/ablation.jsonl" and pool in ends
+            assert (more.verdict, more.low > 0) == (("tie", False) if tie else ("higher", True))
+        shares = [used(pool, norm) for pool in some for norm in ("batch", "none")]
         assert words.format(*shares) in text
-    assert all(gain.low > 0 for gain in norms[0])
-    assert [gain.verdict for gain in norms[1]] == ["higher", "higher", "tie", "tie"]
+    assert [gain.verdict for gain in norms[0]] == ["tie", "higher", "higher", "higher"]
+    assert min(norms[0], key=lambda gain: gain.mean) is norms[0][0]
+    assert all(gain.low > 0 for gain in norms[1])
+    assert [gain.verdict for gain in norms[2]] == ["higher", "higher", "tie", "tie"]
     bounds = [bound(gain.mean for gain in gains) for gains in norms for bound in (min, max)]
     assert (
-        "is worth {:.3f} to {:.3f} nats, after four million {:.3f} to {:.3f}, ties in the two larger pools"
+        "is worth {:.3f} (a tie) to {:.3f} nats at 2e13 FLOPs, {:.3f} to {:.3f} after a million tokens, and "
+        "{:.3f} to {:.3f} after four million, ties in the two larger pools"
     ).format(*bounds) in text
 
 
