@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+import torch
 from rich.console import Console
 
 from million_experts.lm.training import model_config
@@ -59,6 +60,12 @@ def test_another_start_of_the_same_machine_counts_and_another_processor_does_not
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_quick_measure_is_a_speed(tiny_settings, precision):
     assert 1e6 < module.training_flops_per_second(tiny_settings(precision=precision)) < 1e16
+
+
+def test_an_accelerator_that_is_named_but_not_there_is_not_measured(tiny_settings, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert module.training_flops_per_second(tiny_settings()) > 0
 
 
 def test_the_quick_measure_is_the_best_of_its_steps_of_a_dense_model(tiny_settings, monkeypatch):

@@ -78,7 +78,9 @@ def training_flops_per_second(settings: TrainSettings) -> float:
     dense = settings.with_overrides({"mlp_layer_types": "dense"})
     config = model_config(dense, dense.vocab_size)
     bfloat16 = takes_bfloat16(dense.precision)
-    with torch.device(torch.accelerator.current_accelerator() or "cpu"):
+    # A build for GPUs names its accelerator without a driver, too.
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    with torch.device(device or "cpu"):
         model = with_fast_attention(PeerForCausalLM(config), bfloat16)
         tokens = torch.randint(dense.vocab_size, (max(1, PROBE_TOKENS // dense.context), dense.context))
     best = float("inf")
