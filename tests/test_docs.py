@@ -419,6 +419,7 @@ def test_the_readmes_figures_of_pools_and_norms_are_those_of_the_rows():
         )
 
     pools = [16_384, 65_536, 262_144, 1_048_576]
+    ends = [pools[0], pools[-1]]
 
     def steps_of(found):
         return [lower(found[b, "batch"], found[a, "batch"]) for a, b in itertools.pairwise(pools)]
@@ -433,7 +434,7 @@ def test_the_readmes_figures_of_pools_and_norms_are_those_of_the_rows():
     wide = setups("pools-2e13/ablation.jsonl")
     dearer = []
     for some in (found, wide):
-        costs = [some[pool, "batch"][0]["flops"]["per_token"] for pool in (pools[0], pools[-1])]
+        costs = [some[pool, "batch"][0]["flops"]["per_token"] for pool in ends]
         dearer.append(100 * (costs[1] / costs[0] - 1))
     assert (
         "a token costs {:.0f} % more FLOPs in the narrower models, {:.0f} % in the wider".format(*dearer)
@@ -461,25 +462,24 @@ def test_the_readmes_figures_of_pools_and_norms_are_those_of_the_rows():
         shares = usages(pool, norm).values()
         return f"{100 * sum(shares) / len(shares):.0f} %"
 
-    def more_evenly(pool):
-        return paired_difference(*(usages(pool, norm, "unevenness") for norm in ("none", "batch")))
-
-    ends = pools[0], pools[-1]
     norms = []
-    for ledger, some, words in (
+    for ledger, named, ties, words in (
         (
             "pools-2e13/ablation.jsonl",
             pools,
+            [],
             "{} of 16,384 used where it is {} without, {} of 65,536 where it is {}, {} of 262,144 where it "
             "is {}, and {} of a million where it is {}, no ties.",
         ),
         (
             "studies/ablation.jsonl",
             ends,
+            [],
             "{} of 16,384 where it is {} without, {} of a million where it is {};",
         ),
         (
             "pools/ablation.jsonl",
+            ends,
             ends,
             "after four million {} where it is {}, and {} where it is {} (both ties;",
         ),
@@ -490,13 +490,11 @@ def test_the_readmes_figures_of_pools_and_norms_are_those_of_the_rows():
         for pool in pools:
             with_norm, without = usages(pool, "batch"), usages(pool, "none")
             assert all(share > without[seed] for seed, share in with_norm.items())
-            assert more_evenly(pool).low > 0
-            uneven = usages(pool, "none", "unevenness")
-            assert all(own < uneven[seed] for seed, own in usages(pool, "batch", "unevenness").items())
-            more = paired_difference(with_norm, without)
-            tie = ledger == "pools/ablation.jsonl" and pool in ends
-            assert (more.verdict, more.low > 0) == (("tie", False) if tie else ("higher", True))
-        shares = [used(pool, norm) for pool in some for norm in ("batch", "none")]
+            assert paired_difference(with_norm, without).verdict == ("tie" if pool in ties else "higher")
+            even, uneven = (usages(pool, norm, "unevenness") for norm in ("batch", "none"))
+            assert all(own < uneven[seed] for seed, own in even.items())
+            assert paired_difference(uneven, even).low > 0
+        shares = [used(pool, norm) for pool in named for norm in ("batch", "none")]
         assert words.format(*shares) in text
     assert [gain.verdict for gain in norms[0]] == ["tie", "higher", "higher", "higher"]
     assert min(norms[0], key=lambda gain: gain.mean) is norms[0][0]

@@ -113,7 +113,7 @@ class LanguageModel(nn.Module):
         self.model, self.narrow = model, narrow
 
     def forward(self, ids_BS: Tensor, positions_BS: Tensor | None = None) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.narrow):
+        with torch.autocast(ids_BS.device.type, torch.bfloat16, enabled=self.narrow):
             return self.model(
                 input_ids=ids_BS, position_ids=positions_BS, labels=ids_BS, use_cache=False
             ).loss

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from million_experts.benchmarks.steps import LanguageModel
 from million_experts.lm.memory import takes_bfloat16
 from million_experts.lm.settings import TrainSettings
 from million_experts.lm.training import model_config
@@ -81,13 +82,12 @@ def training_flops_per_second(settings: TrainSettings) -> float:
     # A build for GPUs names its accelerator without a driver, too.
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     with torch.device(device or "cpu"):
-        model = with_fast_attention(PeerForCausalLM(config), bfloat16)
+        model = LanguageModel(with_fast_attention(PeerForCausalLM(config), bfloat16), bfloat16)
         tokens = torch.randint(dense.vocab_size, (max(1, PROBE_TOKENS // dense.context), dense.context))
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bfloat16):
-            loss = model(input_ids=tokens, labels=tokens).loss
+        loss = model(tokens)
         loss.backward()
         model.zero_grad()
         loss.item()  # waits for an accelerator

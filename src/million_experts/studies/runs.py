@@ -316,7 +316,9 @@ def print_runs(
             format_duration(pace.seconds(run)),
         )
     console.print(table)
-    seconds = sum(map(pace.seconds, pending)) + later_flops * pace.seconds_per_flop()
+    seconds = sum(map(pace.seconds, pending))
+    if later_flops:  # or a plan of nothing would be measured for
+        seconds += later_flops * pace.seconds_per_flop()
     flops = sum(run.flops for run in pending) + later_flops
     follow = f", and {later} later ones that depend on them" if later is not None else ""
     console.print(
