@@ -1,5 +1,4 @@
-// The Python side: addresses, sizes and a number of threads in, nothing out. `ops/cpu.py` owns the tensors and
-// checks them; nothing here is meant for other callers. The interpreter lock is released while a kernel runs.
+// The Python module: which kernels run, buffers, and the entries.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -9,24 +8,17 @@
 #include <atomic>
 #include <stdexcept>
 
-#include "kernels.h"
+#include "entries.h"
 #include "memory.h"
 #include "parallel.h"
+#include "tensors.h"
 
-namespace nb = nanobind;
-using namespace million_experts;
-using Address = uintptr_t;
-
+namespace million_experts {
 namespace {
 
+using Address = uintptr_t;
+
 std::atomic<const Kernels*> chosen{nullptr};
-
-const Kernels& kernels() { return *chosen.load(std::memory_order_relaxed); }
-
-template <class T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 std::vector<std::string> instruction_sets() {
   size_t count;
@@ -47,13 +39,6 @@ void use_instruction_set(const std::string& name) {
   throw std::invalid_argument("instruction set '" + name + "' is not one of those that run here");
 }
 
-ExpertMlp expert_mlp(int dtype_sum, int dtype_experts, int activation, int64_t T, int64_t K, int64_t N, int64_t R,
-                     int64_t D, Address indices, Address gates, Address experts, int64_t pre_stride,
-                     int64_t block_experts, int threads) {
-  return {DType(dtype_sum), DType(dtype_experts), Activation(activation), T, K, N, R, D, at<int64_t>(indices),
-          at(gates), at(experts), pre_stride, block_experts, threads};
-}
-
 struct Buffer {
   void* data;
   size_t bytes;
@@ -69,11 +54,22 @@ nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>, nb::c_contig> buffer(size_t bytes
   return {taken->data, {bytes}, owner};
 }
 
+// A table of any shape, for the system's calls about its pages.
+Tensor whole(handle table) {
+  return take("table", nb::object(table.attr("detach")().attr("view")(-1)), floating, {any});
+}
+
 }  // namespace
 
+const Kernels& kernels() { return *chosen.load(std::memory_order_relaxed); }
+
+}  // namespace million_experts
+
 NB_MODULE(_kernels, m) {
+  using namespace million_experts;
   m.doc() = "C++ kernels of million_experts.ops, called by ops/cpu.py.";
   use_instruction_set(instruction_sets().back());
+  using namespace nb::literals;
   using unlocked = nb::call_guard<nb::gil_scoped_release>;
 
   m.def("instruction_sets", &instruction_sets, "Those that were compiled in and run here, slowest first.");
@@ -92,167 +88,35 @@ NB_MODULE(_kernels, m) {
   m.def("buffer", &buffer, nb::arg("bytes"), "A tensor of bytes on huge pages, not initialised, kept for reuse.");
   m.def("release_buffers", &release_buffers, unlocked());
   m.def("kept_bytes", &kept_bytes);
-  m.def(
-      "advise_huge_pages", [](Address data, size_t bytes) { return advise_huge_pages(at(data), bytes); }, unlocked());
-  m.def(
-      "collapse_to_huge_pages", [](Address data, size_t bytes) { return collapse_to_huge_pages(at(data), bytes); },
-      unlocked());
+  m.def("advise_huge_pages", [](handle table) {
+    const Tensor t = whole(table);
+    return advise_huge_pages(t.data, static_cast<size_t>(t.shape[0] * t.item_bytes()));
+  });
+  m.def("collapse_to_huge_pages", [](handle table) {
+    const Tensor t = whole(table);
+    const nb::gil_scoped_release released;
+    return collapse_to_huge_pages(t.data, static_cast<size_t>(t.shape[0] * t.item_bytes()));
+  });
 
-  m.def(
-      "expert_mlp_forward",
-      [](int dtype_sum, int dtype_experts, int activation, int64_t T, int64_t K, int64_t N, int64_t R, int64_t D,
-         Address indices, Address gates, Address experts, int64_t pre_stride, int64_t block_experts, int threads,
-         Address x, Address y,
-         Address pre) {
-        ExpertMlpForward a;
-        static_cast<ExpertMlp&>(a) = expert_mlp(dtype_sum, dtype_experts, activation, T, K, N, R, D, indices, gates,
-                                                experts, pre_stride, block_experts, threads);
-        a.x = at(x), a.y = at(y), a.pre = at(pre);
-        kernels().expert_mlp_forward(a);
-      },
-      unlocked());
-  m.def(
-      "expert_mlp_backward",
-      [](int dtype_sum, int dtype_experts, int activation, int64_t T, int64_t K, int64_t N, int64_t R, int64_t D,
-         Address indices, Address gates, Address experts, int64_t pre_stride, int64_t block_experts, int threads,
-         Address grad_y,
-         Address pre, Address grad_x, Address grad_gates, Address weights) {
-        ExpertMlpBackward a;
-        static_cast<ExpertMlp&>(a) = expert_mlp(dtype_sum, dtype_experts, activation, T, K, N, R, D, indices, gates,
-                                                experts, pre_stride, block_experts, threads);
-        a.grad_y = at(grad_y), a.pre = at(pre), a.grad_x = at(grad_x), a.grad_gates = at(grad_gates);
-        a.weights = at(weights);
-        kernels().expert_mlp_backward(a);
-      },
-      unlocked());
-  m.def(
-      "expert_mlp_table_grad",
-      [](int dtype_sum, int dtype_experts, int activation, int64_t T, int64_t K, int64_t N, int64_t R, int64_t D,
-         Address indices, Address gates, Address experts, int64_t pre_stride, int64_t block_experts, int threads,
-         Address x,
-         Address grad_y, Address weights, Address grad_experts, bool accumulate) {
-        ExpertMlpTableGrad a;
-        static_cast<ExpertMlp&>(a) = expert_mlp(dtype_sum, dtype_experts, activation, T, K, N, R, D, indices, gates,
-                                                experts, pre_stride, block_experts, threads);
-        a.x = at(x), a.grad_y = at(grad_y), a.weights = at(weights), a.grad_experts = at(grad_experts), a.accumulate = accumulate;
-        kernels().expert_mlp_table_grad(a);
-      },
-      unlocked());
-  m.def(
-      "expert_mlp_sort",
-      [](int dtype_sum, int dtype_experts, int activation, int64_t T, int64_t K, int64_t N, int64_t R, int64_t D,
-         Address indices, Address gates, Address experts, int64_t pre_stride, int64_t block_experts, int threads,
-         Address weights, Address sorted, Address starts) {
-        ExpertMlpSort a;
-        static_cast<ExpertMlp&>(a) = expert_mlp(dtype_sum, dtype_experts, activation, T, K, N, R, D, indices, gates,
-                                                experts, pre_stride, block_experts, threads);
-        a.weights = at(weights), a.sorted = at(sorted), a.starts = at<int64_t>(starts);
-        kernels().expert_mlp_sort(a);
-        return a.touched;
-      },
-      unlocked());
-  m.def(
-      "expert_mlp_touched_grad",
-      [](int dtype_sum, int dtype_experts, int activation, int64_t T, int64_t K, int64_t N, int64_t R, int64_t D,
-         Address indices, Address gates, Address experts, int64_t pre_stride, int64_t block_experts, int threads,
-         Address x, Address grad_y, Address sorted, Address starts, int64_t touched, Address rows, Address values) {
-        ExpertMlpTouchedGrad a;
-        static_cast<ExpertMlp&>(a) = expert_mlp(dtype_sum, dtype_experts, activation, T, K, N, R, D, indices, gates,
-                                                experts, pre_stride, block_experts, threads);
-        a.x = at(x), a.grad_y = at(grad_y), a.sorted = at(sorted), a.starts = at<int64_t>(starts);
-        a.touched = touched, a.rows = at<int64_t>(rows), a.values = at(values);
-        kernels().expert_mlp_touched_grad(a);
-      },
-      unlocked());
-  const auto products = [](auto run) {
-    return [run](int activation, int64_t T, int64_t K, int64_t N, int64_t R, Address indices, Address gates,
-                 int64_t pre_stride, Address pre, Address products, Address of_up, Address of_inner, Address grad_gates,
-                 int threads) {
-      (kernels().*run)({Activation(activation), T, K, N, R, at<int64_t>(indices), at<float>(gates), pre_stride,
-                        at<float>(pre), at(products), at(of_up), at(of_inner), at<float>(grad_gates), threads});
-    };
-  };
-  m.def("expert_products_forward", products(&Kernels::expert_products_forward), unlocked());
-  m.def("expert_products_backward", products(&Kernels::expert_products_backward), unlocked());
-  m.def(
-      "product_key_topk",
-      [](int dtype_sum, int64_t T, int64_t H, int64_t d, int64_t n1, int64_t n2, int64_t k, int64_t codebooks,
-         Address query, Address keys1, Address keys2, int threads, Address scores, Address indices) {
-        RetrievalForward a;
-        static_cast<Retrieval&>(a) = {DType(dtype_sum), T, H, d, n1, n2, k, codebooks, at(query), at(keys1),
-                                      at(keys2), threads};
-        a.scores = at(scores), a.indices = at<int64_t>(indices);
-        kernels().product_key_topk(a);
-      },
-      unlocked());
-  m.def(
-      "product_key_topk_backward",
-      [](int dtype_sum, int64_t T, int64_t H, int64_t d, int64_t n1, int64_t n2, int64_t k, int64_t codebooks,
-         Address query, Address keys1, Address keys2, int threads, Address grad_scores, Address indices,
-         Address grad_query, Address grad_keys1, Address grad_keys2) {
-        RetrievalBackward a;
-        static_cast<Retrieval&>(a) = {DType(dtype_sum), T, H, d, n1, n2, k, codebooks, at(query), at(keys1),
-                                      at(keys2), threads};
-        a.grad_scores = at(grad_scores), a.indices = at<int64_t>(indices), a.grad_query = at(grad_query);
-        a.grad_keys1 = at(grad_keys1), a.grad_keys2 = at(grad_keys2);
-        kernels().product_key_topk_backward(a);
-      },
-      unlocked());
-  m.def(
-      "batch_norm",
-      [](int dtype_sum, int64_t T, int64_t C, Address x, Address mask, Address weight, Address bias, double eps,
-         int threads, Address y, Address mean, Address variance) {
-        BatchNorm a{};
-        a.dtype_sum = DType(dtype_sum), a.T = T, a.C = C, a.x = at(x), a.mask = at<uint8_t>(mask);
-        a.weight = at(weight), a.bias = at(bias), a.eps = eps, a.threads = threads;
-        a.y = at(y), a.mean = at(mean), a.variance = at(variance);
-        kernels().batch_norm(a);
-      },
-      unlocked());
-  m.def(
-      "batch_norm_backward",
-      [](int dtype_sum, int64_t T, int64_t C, Address grad_y, Address x, Address mask, Address weight, Address mean,
-         Address variance, double eps, int threads, Address grad_x, Address grad_weight, Address grad_bias) {
-        BatchNorm a{};
-        a.dtype_sum = DType(dtype_sum), a.T = T, a.C = C, a.x = at(x), a.mask = at<uint8_t>(mask);
-        a.weight = at(weight), a.mean = at(mean), a.variance = at(variance), a.eps = eps, a.threads = threads;
-        a.grad_y = at(grad_y), a.grad_x = at(grad_x), a.grad_weight = at(grad_weight), a.grad_bias = at(grad_bias);
-        kernels().batch_norm_backward(a);
-      },
-      unlocked());
-  m.def(
-      "layer_inference",
-      [](int64_t T, int64_t D, int64_t H, int64_t k, int64_t d, int64_t n1, int64_t n2, int64_t codebooks, int64_t R,
-         Address x, Address query_weight, int query_norm, Address norm_weight, Address norm_bias, Address norm_mean,
-         Address norm_var, double eps, Address keys1, Address keys2, int score, int activation, int dtype_experts,
-         Address experts, Address y, int threads) {
-        const LayerInference a{T, D, H, k, d, n1, n2, codebooks, R, n1 * n2, at<float>(x), at<float>(query_weight),
-                               QueryNorm(query_norm), at<float>(norm_weight), at<float>(norm_bias),
-                               at<float>(norm_mean), at<float>(norm_var), eps, at<float>(keys1), at<float>(keys2),
-                               Score(score), Activation(activation), DType(dtype_experts), at(experts), at<float>(y),
-                               threads};
-        kernels().layer_inference(a);
-      },
-      unlocked());
-  m.def(
-      "rowwise_adamw",
-      [](int dtype_sum, int dtype_table, int dtype_momentum, int dtype_values, int64_t N, int64_t R, int64_t D,
-         int64_t n, Address table, Address exp_avg, Address exp_avg_sq, Address last_step, Address history,
-         int64_t step, Address rows, Address values, Address places, Address starts, double lr, double beta1,
-         double beta2, double eps, double weight_decay, bool by_row, bool stochastic, uint64_t key, int threads) {
-        const RowwiseAdamW a{DType(dtype_sum), DType(dtype_table), DType(dtype_momentum), DType(dtype_values), N, R, D,
-                             n, at(table), at(exp_avg), at(exp_avg_sq), at<int32_t>(last_step), at<double>(history),
-                             step, at<int64_t>(rows), at(values), at<int64_t>(places), at<int64_t>(starts), lr, beta1,
-                             beta2, eps, weight_decay, by_row, stochastic, key, threads};
-        kernels().rowwise_adamw(a);
-      },
-      unlocked());
-  m.def(
-      "random_read",
-      [](Address table, int64_t row_bytes, Address rows, int64_t count, int threads) {
-        RandomRead a{at(table), row_bytes, at<int64_t>(rows), count, 0, threads};
-        kernels().random_read(a);
-        return a.checksum;
-      },
-      unlocked());
+  m.def("expert_mlp_forward", &expert_mlp_forward);
+  m.def("expert_mlp_backward", &expert_mlp_backward, "grad_y"_a, "indices"_a, "gates"_a, "experts"_a, "pre"_a,
+        "grad_x"_a.none(), "grad_gates"_a.none(), "weights"_a.none(), "first"_a, "count"_a, "activation"_a,
+        "block_experts"_a, "threads"_a);
+  m.def("expert_mlp_table_grad", &expert_mlp_table_grad);
+  m.def("expert_mlp_sort", &expert_mlp_sort);
+  m.def("expert_mlp_touched_grad", &expert_mlp_touched_grad);
+  m.def("expert_products_forward", &expert_products_forward);
+  m.def("expert_products_backward", &expert_products_backward, "indices"_a, "gates"_a, "pre"_a, "products"_a,
+        "of_up"_a, "of_inner"_a, "grad_gates"_a.none(), "first"_a, "activation"_a, "threads"_a);
+  m.def("product_key_topk", &product_key_topk);
+  m.def("product_key_topk_backward", &product_key_topk_backward);
+  m.def("batch_norm", &batch_norm, "x"_a, "mask"_a.none(), "weight"_a, "bias"_a, "eps"_a, "y"_a, "mean"_a,
+        "variance"_a, "threads"_a);
+  m.def("batch_norm_backward", &batch_norm_backward, "grad_y"_a, "x"_a, "mask"_a.none(), "weight"_a, "mean"_a,
+        "variance"_a, "eps"_a, "grad_x"_a, "grad_weight"_a, "grad_bias"_a, "threads"_a);
+  m.def("layer_inference", &layer_inference);
+  m.def("rowwise_adamw", &rowwise_adamw, "table"_a, "exp_avg"_a.none(), "exp_avg_sq"_a, "last_step"_a, "history"_a,
+        "step"_a, "rows"_a.none(), "values"_a.none(), "places"_a.none(), "starts"_a.none(), "lr"_a, "beta1"_a,
+        "beta2"_a, "eps"_a, "weight_decay"_a, "stochastic"_a, "key"_a, "threads"_a);
+  m.def("random_read", &random_read);
 }

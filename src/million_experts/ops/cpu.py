@@ -1,4 +1,4 @@
-"""The operations by the C++ kernels in csrc/: tensors are made contiguous and handed over as addresses.
+"""The operations by the C++ kernels in csrc/: tensors are made contiguous and handed over.
 
 Shapes as in `reference`. The kernels run on torch's own OpenMP threads and give the same bits for any number
 of them; `cpu_products`, which is torch's products for the most part, need not. `docs/kernels.md` explains how
@@ -127,7 +127,7 @@ def advise_huge_pages(tensor: Tensor) -> bool:
     """Asks the system for huge pages under a large tensor on the CPU that nobody has written to yet."""
     if tensor.device.type != "cpu" or tensor.nbytes < HUGE_BYTES:
         return False
-    return _kernels.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return _kernels.advise_huge_pages(tensor)
 
 
 _placed: set[tuple[int, int]] = set()
@@ -143,7 +143,7 @@ def _place_on_huge_pages(table: Tensor) -> None:
         return
     _placed.add(place)
     if sys.platform == "linux" and _is_anonymous(table.data_ptr()):
-        _kernels.collapse_to_huge_pages(*place)
+        _kernels.collapse_to_huge_pages(table)
 
 
 def _is_anonymous(address: int) -> bool:
@@ -164,10 +164,6 @@ def _large_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return _kernels.buffer(bytes_).view(dtype).view(shape)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _sum_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
@@ -179,19 +175,8 @@ def product_key_topk(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tup
     query, keys1, keys2 = (_sum_tensor(t, dtype) for t in (query, keys1, keys2))
     scores = torch.empty(T, H, k, dtype=dtype)
     indices = torch.empty(T, H, k, dtype=torch.int64)
-    _kernels.product_key_topk(
-        *_retrieval_arguments(query, keys1, keys2, k), scores.data_ptr(), indices.data_ptr()
-    )
+    _kernels.product_key_topk(query, keys1, keys2, k, scores, indices, threads())
     return scores, indices
-
-
-def _retrieval_arguments(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> tuple[int, ...]:
-    T, H, _, d = query.shape
-    codebooks = 1 if keys1.dim() == 2 else H
-    return (
-        _DTYPES[query.dtype], T, H, d, keys1.shape[-2], keys2.shape[-2], k, codebooks,
-        query.data_ptr(), keys1.data_ptr(), keys2.data_ptr(), threads(),
-    )  # fmt: skip
 
 
 def product_key_topk_backward(
@@ -203,10 +188,7 @@ def product_key_topk_backward(
     grads = [torch.empty(t.shape, dtype=dtype) for t in (query, keys1, keys2)]
     grad_scores, indices = _sum_tensor(grad_scores, dtype), indices.contiguous()
     _kernels.product_key_topk_backward(
-        *_retrieval_arguments(wide_query, wide_keys1, wide_keys2, indices.shape[-1]),
-        grad_scores.data_ptr(),
-        indices.data_ptr(),
-        *(grad.data_ptr() for grad in grads),
+        grad_scores, indices, wide_query, wide_keys1, wide_keys2, *grads, threads()
     )
     grad_query, grad_keys1, grad_keys2 = (
         grad.to(t.dtype) for grad, t in zip(grads, (query, keys1, keys2), strict=True)
@@ -214,20 +196,14 @@ def product_key_topk_backward(
     return grad_query, grad_keys1, grad_keys2
 
 
-def _expert_arguments(
-    indices: Tensor, gates: Tensor, experts: Tensor, dtype: torch.dtype, activation: str, pre_stride: int
-) -> tuple[int, ...]:
-    T, K = indices.shape
-    N, R, D = experts.shape
+def _block(indices: Tensor, experts: Tensor, tokens: int) -> int:
+    """`block_experts` for so many of the tokens, of which the indices [T, K] choose experts."""
+    (T, K), (N, R, D) = indices.shape, experts.shape
     if max(T * K, N) >= MOST_PAIRS:
         raise ValueError(
-            f"indices must hold fewer than 2**32 picks of fewer than 2**32 experts, got {T} x {K} of {N}"
+            f"indices must hold fewer than 2**32 pairs of fewer than 2**32 experts, got {T} x {K} of {N}"
         )
-    block = block_experts(T, K, N, R * D * experts.element_size())
-    return (
-        _DTYPES[dtype], _DTYPES[experts.dtype], ACTIVATIONS.index(activation), T, K, N, R, D,
-        indices.data_ptr(), gates.data_ptr(), experts.data_ptr(), pre_stride, block, threads(),
-    )  # fmt: skip
+    return block_experts(tokens, K, N, R * D * experts.element_size())
 
 
 def expert_mlp(
@@ -245,11 +221,9 @@ def expert_mlp(
     y = torch.empty(x.shape, dtype=dtype)
     pre = torch.empty(experts.shape[1] - 1, *indices.shape, dtype=dtype)
     _kernels.expert_mlp_forward(
-        *_expert_arguments(indices, wide_gates, experts, dtype, activation, indices.numel()),
-        wide_x.data_ptr(),
-        y.data_ptr(),
-        pre.data_ptr(),
-    )
+        wide_x, indices, wide_gates, experts, y, pre, ACTIVATIONS.index(activation),
+        _block(indices, experts, len(x)), threads(),
+    )  # fmt: skip
     return y.to(x.dtype), pre
 
 
@@ -264,23 +238,6 @@ def backward_tokens(tokens: int, experts_per_token: int, num_experts: int, round
         return max(1, tokens)
     K = max(1, experts_per_token)
     return min(max(256, math.ceil(32 * num_experts / K)), max(1, (MOST_PAIRS - 1) // K))
-
-
-def _towards_tokens(
-    arguments: tuple[int, ...],
-    grad_y: Tensor,
-    pre: Tensor,
-    grad_x: Tensor | None,
-    grad_gates: Tensor | None,
-    weights: Tensor | None,
-) -> None:
-    """Gradients of tokens and gates, and what the table's gradient sums tokens with; None: not wanted."""
-    _kernels.expert_mlp_backward(
-        *arguments,
-        grad_y.data_ptr(),
-        pre.data_ptr(),
-        *map(_address, (grad_x, grad_gates, weights)),
-    )
 
 
 def expert_mlp_backward(
@@ -325,25 +282,18 @@ def expert_mlp_backward(
     weights = torch.empty(min(step, T), K, R, dtype=dtype) if needs_experts else None
 
     for start in range(0, max(T, 1), step):  # once without tokens too: the gradient is zero then
-        part = slice(start, start + step)
-        arguments = _expert_arguments(indices[part], gates[part], experts, dtype, activation, T * K)
-        _towards_tokens(
-            arguments,
-            grad_y[part],
-            pre[:, part],
-            grad_x[part] if needs_x else None,
-            grad_gates[part] if needs_gates else None,
-            weights,
-        )
+        count = min(step, T - start)
+        block = _block(indices, experts, count)
+        _kernels.expert_mlp_backward(
+            grad_y, indices, gates, experts, pre, grad_x if needs_x else None,
+            grad_gates if needs_gates else None, weights, start, count, ACTIVATIONS.index(activation),
+            block, threads(),
+        )  # fmt: skip
         if weights is not None:
             _kernels.expert_mlp_table_grad(
-                *arguments,
-                x[part].data_ptr(),
-                grad_y[part].data_ptr(),
-                weights.data_ptr(),
-                grad_experts.data_ptr(),
-                start > 0,
-            )
+                x, grad_y, indices, gates, experts, weights, grad_experts, start > 0, start, count, block,
+                threads(),
+            )  # fmt: skip
     return grad_x.to(x_dtype), grad_gates.to(gates_dtype), grad_experts
 
 
@@ -383,16 +333,14 @@ def expert_mlp_backward_touched(
     grad_x = torch.empty(x.shape if needs_x else 0, dtype=dtype)
     grad_gates = torch.empty(gates.shape if needs_gates else 0, dtype=dtype)
     weights = torch.empty(T, K, R, dtype=dtype)
-    arguments = _expert_arguments(indices, gates, experts, dtype, activation, T * K)
-    _towards_tokens(
-        arguments, grad_y, pre, grad_x if needs_x else None, grad_gates if needs_gates else None, weights
-    )
+    _kernels.expert_mlp_backward(
+        grad_y, indices, gates, experts, pre, grad_x if needs_x else None, grad_gates if needs_gates else None,
+        weights, 0, T, ACTIVATIONS.index(activation), _block(indices, experts, T), threads(),
+    )  # fmt: skip
     # A sorted pair is two 32-bit numbers and its R weights.
-    sorted_pairs = torch.empty(T * K * (8 + R * dtype.itemsize), dtype=torch.uint8)
+    sorted_pairs = torch.empty(T * K, 8 + R * dtype.itemsize, dtype=torch.uint8)
     starts = torch.empty(min(N, T * K) + 1, dtype=torch.int64)
-    touched = _kernels.expert_mlp_sort(
-        *arguments, weights.data_ptr(), sorted_pairs.data_ptr(), starts.data_ptr()
-    )
+    touched = _kernels.expert_mlp_sort(indices, gates, experts, weights, sorted_pairs, starts, T, threads())
     del weights
     most = touched if visit is None else max(1, VISIT_BYTES // (R * D * experts.element_size()))
     size = min(most, touched)
@@ -400,9 +348,8 @@ def expert_mlp_backward_touched(
     for first in range(0, touched, max(1, most)):
         count = min(most, touched - first)
         _kernels.expert_mlp_touched_grad(
-            *arguments, x.data_ptr(), grad_y.data_ptr(), sorted_pairs.data_ptr(), starts[first:].data_ptr(),
-            count, rows.data_ptr(), values.data_ptr(),
-        )  # fmt: skip
+            x, grad_y, indices, gates, experts, sorted_pairs, starts, first, count, rows, values, threads()
+        )
         if visit is not None:
             visit(rows[:count], values[:count])
     if visit is not None:
@@ -418,10 +365,7 @@ def masked_batch_norm(
     x, weight, bias = (_sum_tensor(t, dtype) for t in (x, weight, bias))
     mask = mask if mask is None else mask.contiguous()
     y, mean, variance = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-    _kernels.batch_norm(
-        _DTYPES[dtype], *x.shape, x.data_ptr(), _address(mask), weight.data_ptr(), bias.data_ptr(), eps,
-        threads(), y.data_ptr(), mean.data_ptr(), variance.data_ptr(),
-    )  # fmt: skip
+    _kernels.batch_norm(x, mask, weight, bias, eps, y, mean, variance, threads())
     return y, mean, variance
 
 
@@ -437,10 +381,8 @@ def masked_batch_norm_backward(
     grad_x = torch.empty_like(wide_x)
     grad_weight, grad_bias = torch.empty_like(wide_weight), torch.empty_like(wide_weight)
     _kernels.batch_norm_backward(
-        _DTYPES[dtype], *x.shape, grad_y.data_ptr(), wide_x.data_ptr(), _address(mask),
-        wide_weight.data_ptr(), mean.data_ptr(), variance.data_ptr(), eps, threads(), grad_x.data_ptr(),
-        grad_weight.data_ptr(), grad_bias.data_ptr(),
-    )  # fmt: skip
+        grad_y, wide_x, mask, wide_weight, mean, variance, eps, grad_x, grad_weight, grad_bias, threads()
+    )
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
@@ -474,11 +416,8 @@ def layer_inference(
     norm = [t.contiguous() for t in norm]
     y = torch.empty(T, D)
     _kernels.layer_inference(
-        T, D, num_heads, k, keys1.shape[-1], keys1.shape[-2], keys2.shape[-2],
-        1 if keys1.dim() == 2 else num_heads, experts.shape[1], x.data_ptr(), query_weight.data_ptr(),
-        _QUERY_NORMS.index(query_norm), *[t.data_ptr() for t in norm], *[0] * (4 - len(norm)), eps,
-        keys1.data_ptr(), keys2.data_ptr(), _SCORES.index(score), ACTIVATIONS.index(activation),
-        _DTYPES[experts.dtype], experts.data_ptr(), y.data_ptr(), threads(),
+        x, query_weight, _QUERY_NORMS.index(query_norm), norm, eps, keys1, keys2, experts, num_heads, k,
+        _SCORES.index(score), ACTIVATIONS.index(activation), y, threads(),
     )  # fmt: skip
     return y
 
@@ -512,13 +451,9 @@ def rowwise_adamw(
         t if t is None else t.contiguous() for t in (rows, values, places, starts)
     )
     _place_on_huge_pages(table)
-    momentum = exp_avg_sq if exp_avg is None else exp_avg
-    dtypes = (exp_avg_sq.dtype, table.dtype, momentum.dtype, (exp_avg_sq if values is None else values).dtype)
     _kernels.rowwise_adamw(
-        *(_DTYPES[dtype] for dtype in dtypes), *table.shape, 0 if rows is None else len(rows),
-        table.data_ptr(), _address(exp_avg), exp_avg_sq.data_ptr(), last_step.data_ptr(), history.data_ptr(),
-        step, _address(rows), _address(values), _address(places), _address(starts), lr, *betas, eps,
-        weight_decay, exp_avg_sq.dim() == 2, key is not None, key or 0, threads(),
+        table, exp_avg, exp_avg_sq, last_step, history, step, rows, values, places, starts, lr, *betas, eps,
+        weight_decay, key is not None, key or 0, threads(),
     )  # fmt: skip
 
 
@@ -529,6 +464,4 @@ def random_row_read(table: Tensor, rows: Tensor) -> int:
         IndexError: a row outside [0, M).
     """
     check_range("rows", rows, len(table), "the rows of the table")
-    table, rows = table.contiguous(), rows.contiguous()
-    row_bytes = math.prod(table.shape[1:]) * table.element_size()
-    return _kernels.random_read(table.data_ptr(), row_bytes, rows.data_ptr(), rows.numel(), threads())
+    return _kernels.random_read(table.contiguous().flatten(1), rows.contiguous().flatten(), threads())

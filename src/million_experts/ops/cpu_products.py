@@ -91,8 +91,7 @@ def expert_mlp(
         products = x[part] @ rows.inner.T
         of_up = torch.empty(len(products), N, dtype=x.dtype)
         _kernels.expert_products_forward(
-            *_arguments(indices[part], gates[part], experts, activation, pre[:, part], T * K),
-            *(products.data_ptr(), of_up.data_ptr(), 0, 0, threads),
+            indices, gates, pre, products, of_up, start, ACTIVATIONS.index(activation), threads
         )
         torch.mm(of_up, rows.up, out=y[part])
     return (y, pre) if are_finite(y) else None
@@ -125,11 +124,9 @@ def expert_mlp_backward(
         of_up = torch.empty(len(products), N, dtype=x.dtype)
         of_inner = torch.empty(len(products), (R - 1) * N, dtype=x.dtype)
         _kernels.expert_products_backward(
-            *_arguments(indices[part], wide_gates[part], experts, activation, pre[:, part], T * K),
-            *(products.data_ptr(), of_up.data_ptr(), of_inner.data_ptr()),
-            grad_gates[part].data_ptr() if needs_gates else 0,
-            threads,
-        )
+            indices, wide_gates, pre, products, of_up, of_inner, grad_gates if needs_gates else None, start,
+            ACTIVATIONS.index(activation), threads,
+        )  # fmt: skip
         if needs_x:
             torch.mm(of_inner, rows.inner, out=grad_x[part])
         if needs_experts:
@@ -140,12 +137,3 @@ def expert_mlp_backward(
     if not are_finite(grad_x, grad_gates, grad_experts):
         return None
     return grad_x, grad_gates.to(gates.dtype), grad_experts.to(experts.dtype)
-
-
-def _arguments(
-    indices: Tensor, gates: Tensor, experts: Tensor, activation: str, pre: Tensor, pre_stride: int
-) -> tuple[int, ...]:
-    """The first arguments of both kernels; the tensors are parts of contiguous ones."""
-    (T, K), (N, R, _) = indices.shape, experts.shape
-    place = (indices.data_ptr(), gates.data_ptr(), pre_stride, pre.data_ptr())
-    return (ACTIVATIONS.index(activation), T, K, N, R, *place)
