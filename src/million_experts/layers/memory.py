@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from million_experts._typing import Bool, Float
 from million_experts.layers.retrieval import ProductKeyRetrieval, Routing
+from million_experts.layers.submodules import call
 from million_experts.layers.tokens import blank_masked, flatten_tokens
 from million_experts.ops import advise_huge_pages
 
@@ -213,4 +214,5 @@ class MemoryPlus(_Memory):
         return self.key_norm(self.keys1), self.key_norm(self.keys2)
 
     def _output(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.out_proj(y.to(x.dtype) * F.silu(self.gate_proj(x)))
+        gate = F.silu(call(self.gate_proj, x))
+        return call(self.out_proj, y.to(gate.dtype) * gate)

@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from million_experts._typing import Bool, Float
@@ -148,6 +149,15 @@ class MaskedBatchNorm(nn.Module):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         self.num_batches_tracked.add_(1)
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """LayerNorm in float32 or wider, whatever the dtypes of tokens and weights."""
+
+    def forward(self, input: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        weight, bias = (t if t is None else t.to(x.dtype) for t in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import OrderedDict
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from million_experts._arguments import check_choice, is_integer
 from million_experts._typing import Bool, Float
 from million_experts.layers.dense import DenseFeedForward
-from million_experts.layers.norm import MaskedBatchNorm, several_ranks
+from million_experts.layers.norm import MaskedBatchNorm, WideLayerNorm, several_ranks
 from million_experts.layers.retrieval import ProductKeyRetrieval, Routing
+from million_experts.layers.submodules import are_plain, call, is_plain
 from million_experts.layers.tokens import blank_masked, flatten_tokens
 from million_experts.ops import ACTIVATIONS, advise_huge_pages, expert_mlp, resolve_backend
 from million_experts.ops.library_layer import layer_inference
@@ -28,6 +29,9 @@ INIT_BATCH = 4096  # tokens at a time
 # work of a single token for all threads, and spares the overhead of a dozen operations. With 32 tokens both
 # take the same time, then the general path's matrix products win.
 FUSED_TOKENS = 16
+
+# The modules that this operation computes itself, while nobody has changed them.
+_NORMS: dict[str, type[nn.Module]] = {"batch": MaskedBatchNorm, "layer": WideLayerNorm, "none": nn.Identity}
 
 
 class PEER(ProductKeyRetrieval):
@@ -150,15 +154,16 @@ class PEER(ProductKeyRetrieval):
 
     def _probe(self, shared: DenseFeedForward | None) -> "PEER":
         """The layer in training mode, with a shared branch or without: its parameters, none of its hooks."""
-        probe = copy.copy(self)
+        probe = _copy_without_hooks(self)
         probe._routing_hooks = OrderedDict()
-        probe._modules = {name: copy.copy(module) for name, module in self._modules.items()}
         probe.shared = shared
-        probe.training = probe.query_norm.training = True  # of the copies; nothing else knows of modes
+        probe.training = True
+        for module in probe.query_norm.modules():
+            module.training = True
+            if isinstance(module, MaskedBatchNorm):
+                module.synchronised = False  # each rank measures alone
         if self.backend == "triton":  # a layer for a GPU is often made on the CPU, where that does not run
             probe.backend = "auto"
-        if isinstance(probe.query_norm, MaskedBatchNorm):
-            probe.query_norm.synchronised = False  # each rank measures alone
         return probe
 
     def _measure_output_std(self, branch: nn.Module) -> Tensor:
@@ -236,10 +241,7 @@ class PEER(ProductKeyRetrieval):
         """y [T, D], the experts' output for x [T, D], and the shared branch's, in y's dtype."""
         if self.shared is None:
             return y
-        weight = self.shared.up.weight
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(weight.dtype)
-        return y + self.shared(x).to(y.dtype)
+        return y + call(self.shared, x).to(y.dtype)
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """The output [T, D] by one operation; None unless this is inference in float32 on few tokens."""
@@ -255,21 +257,24 @@ class PEER(ProductKeyRetrieval):
             return None
         if resolve_backend(self.backend) != "cpu":
             return None
-        weight, keys1, keys2 = self.query_proj.weight, self.keys1, self.keys2
-        experts, norm = self.experts, self.query_norm
-        kind, eps, tensors = "none", 0.0, []
+        proj, norm = self.query_proj, self.query_norm
+        if not is_plain(proj, nn.Linear) or not is_plain(norm, _NORMS[self.norm_kind]) or norm.training:
+            return None
+        weight, keys1, keys2, experts = proj.weight, self.keys1, self.keys2, self.experts
+        eps, tensors = 0.0, []
         if isinstance(norm, MaskedBatchNorm):
-            kind, eps = "batch", norm.eps
-            tensors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-        elif isinstance(norm, nn.LayerNorm):
-            kind, eps, tensors = "layer", norm.eps, [norm.weight, norm.bias]
+            eps, tensors = norm.eps, [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        elif isinstance(norm, WideLayerNorm):
+            eps, tensors = norm.eps, [norm.weight, norm.bias]
+        if not are_plain(weight, keys1, keys2, experts, *tensors) or proj.bias is not None:
+            return None
         if experts.dtype == torch.float64 or not experts.is_cpu:
             return None
         if any(t.dtype != torch.float32 or not t.is_cpu for t in (x, weight, keys1, keys2, *tensors)):
             return None
         return layer_inference(
-            x, weight, kind, tensors, eps, keys1, keys2, experts, self.num_heads, self.experts_per_head,
-            self.score, self.activation,
+            x, weight, self.norm_kind, tensors, eps, keys1, keys2, experts, self.num_heads,
+            self.experts_per_head, self.score, self.activation,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -282,3 +287,14 @@ def _require_a_real_token(mask: Tensor) -> None:
         torch._assert_async(mask.any(), message)  # a branch on data would break the graph
     elif not mask.any():
         raise ValueError(f"{message}, got none of {mask.shape[0]}; eval mode gives zeros")
+
+
+def _copy_without_hooks(module: nn.Module) -> Any:
+    """A module with the same parameters and buffers, that nobody else knows."""
+    twin = copy.copy(module)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        twin.__dict__[hooks] = OrderedDict()
+    twin._modules = {
+        name: None if child is None else _copy_without_hooks(child) for name, child in module._modules.items()
+    }
+    return twin

@@ -4,7 +4,7 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from million_experts._arguments import check_choice, check_positive, is_integer
 from million_experts._typing import Bool, Float
-from million_experts.layers.norm import MaskedBatchNorm
+from million_experts.layers.norm import MaskedBatchNorm, WideLayerNorm
+from million_experts.layers.submodules import are_plain, call, is_plain
 from million_experts.ops import product_key_topk, resolve_backend
 
 SCORES = ("softmax", "sigmoid", "relu")
@@ -126,11 +127,13 @@ class ProductKeyRetrieval(nn.Module):
         self.share_keys, self.score, self.backend = share_keys, score, backend
 
         self.query_proj = nn.Linear(dim, num_heads * key_dim, bias=False)
+        # What the norm is called with is decided here: whoever wraps it later gives it another class.
+        self.norm_kind = query_norm
         self.query_norm: nn.Module
         if query_norm == "batch":
             self.query_norm = MaskedBatchNorm(num_heads * key_dim)
         elif query_norm == "layer":
-            self.query_norm = nn.LayerNorm(key_dim)
+            self.query_norm = WideLayerNorm(key_dim)
         else:
             self.query_norm = nn.Identity()
         heads = () if share_keys else (num_heads,)
@@ -159,8 +162,9 @@ class ProductKeyRetrieval(nn.Module):
         self._reset_query_norm()
 
     def _reset_query_norm(self) -> None:
-        if isinstance(self.query_norm, MaskedBatchNorm | nn.LayerNorm):
-            self.query_norm.reset_parameters()
+        for module in self.query_norm.modules():  # a wrapper's own are left alone
+            if isinstance(module, MaskedBatchNorm | nn.LayerNorm):
+                module.reset_parameters()
 
     def register_routing_hook(self, hook: RoutingHook) -> RemovableHandle:
         """Calls `hook(layer, routing)` after each retrieval, routing [T, H, k]; returns a handle.
@@ -173,6 +177,11 @@ class ProductKeyRetrieval(nn.Module):
 
     def retrieve(self, x: Float[Tensor, "T D"], mask: Bool[Tensor, " T"] | None = None) -> Routing:
         """The experts [T, H, k] for tokens x [T, D]; masked tokens must already hold zeros."""
+        if len(self.table) != self.num_experts:
+            n1, n2 = self.codebook_sizes
+            raise ValueError(
+                f"the table must have a row for each of {n1} * {n2} pairs of sub-keys, got {len(self.table)}"
+            )
         scores, indices = product_key_topk(
             self._queries(x, mask), *self._codebooks(), self.experts_per_head, self.backend
         )
@@ -196,22 +205,28 @@ class ProductKeyRetrieval(nn.Module):
         return self.keys1, self.keys2
 
     def _queries(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        weight = self.query_proj.weight
-        if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
-            query = F.linear(x, weight)
-        else:
-            wide = torch.promote_types(x.dtype, weight.dtype)
-            query = F.linear(x.to(wide), weight.to(wide))
-        if isinstance(self.query_norm, MaskedBatchNorm):
-            query = self.query_norm(query, mask, self.backend)
+        """[T, H, 2, d]: projected, then normalised, by BatchNorm all heads together, else head by head."""
+        query = self._project(x)
+        if self.norm_kind == "batch":
+            # What is the default is left out, so that a wrapper need not know of it.
+            given: dict[str, Any] = {} if mask is None else {"mask": mask}
+            if self.backend != "auto":
+                given["backend"] = self.backend
+            query = self.query_norm(query, **given)
         query = query.unflatten(-1, (self.num_heads, self.key_dim))
-        if isinstance(self.query_norm, nn.LayerNorm):
-            norm = self.query_norm
-            query = query.to(torch.promote_types(query.dtype, torch.float32))
-            query = F.layer_norm(
-                query, norm.normalized_shape, norm.weight.to(query.dtype), norm.bias.to(query.dtype), norm.eps
-            )
+        if self.norm_kind != "batch":
+            query = self.query_norm(query)
         return query.unflatten(-1, (2, -1))
+
+    def _project(self, x: Tensor) -> Tensor:
+        proj = self.query_proj
+        plain = is_plain(proj, nn.Linear) and are_plain(proj.weight)
+        if not plain or x.dtype == proj.weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return call(proj, x)
+        # Neither side is rounded: a layer in bfloat16 takes a float32 token as it is.
+        wide = torch.promote_types(x.dtype, proj.weight.dtype)
+        bias = None if proj.bias is None else proj.bias.to(wide)
+        return F.linear(x.to(wide), proj.weight.to(wide), bias)
 
     def extra_repr(self) -> str:
         n1, n2 = self.codebook_sizes

@@ -23,6 +23,13 @@ def check_floating(**tensors: Tensor) -> None:
             )
 
 
+def check_accumulated(dtype: torch.dtype, **tensors: Tensor) -> None:
+    """Raises ValueError that names the first tensor that forward gave in another dtype than it has now."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype}, as the forward pass gave it, got {tensor.dtype}")
+
+
 def check_devices(**tensors: Tensor | None) -> None:
     """Raises ValueError that names the first tensor that is not on the device of the first of all.
 

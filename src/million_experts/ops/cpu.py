@@ -125,6 +125,8 @@ def huge_pages() -> str:
 
 def advise_huge_pages(tensor: Tensor) -> bool:
     """Asks the system for huge pages under a large tensor on the CPU that nobody has written to yet."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):  # a fake tensor, say, has no memory
+        return False
     if tensor.device.type != "cpu" or tensor.nbytes < HUGE_BYTES:
         return False
     return _kernels.advise_huge_pages(tensor)
@@ -185,10 +187,20 @@ def product_key_topk_backward(
     """Gradients of query, keys1 and keys2; only the selected sub-keys get any."""
     dtype = accumulation_dtype(grad_scores, query, keys1, keys2)
     wide_query, wide_keys1, wide_keys2 = (_sum_tensor(t, dtype) for t in (query, keys1, keys2))
-    grads = [torch.empty(t.shape, dtype=dtype) for t in (query, keys1, keys2)]
+    grads = query_grad, keys1_grad, keys2_grad = tuple(
+        torch.empty(t.shape, dtype=dtype) for t in (query, keys1, keys2)
+    )
     grad_scores, indices = _sum_tensor(grad_scores, dtype), indices.contiguous()
     _kernels.product_key_topk_backward(
-        grad_scores, indices, wide_query, wide_keys1, wide_keys2, *grads, threads()
+        grad_scores,
+        indices,
+        wide_query,
+        wide_keys1,
+        wide_keys2,
+        query_grad,
+        keys1_grad,
+        keys2_grad,
+        threads(),
     )
     grad_query, grad_keys1, grad_keys2 = (
         grad.to(t.dtype) for grad, t in zip(grads, (query, keys1, keys2), strict=True)
@@ -334,8 +346,9 @@ def expert_mlp_backward_touched(
     grad_gates = torch.empty(gates.shape if needs_gates else 0, dtype=dtype)
     weights = torch.empty(T, K, R, dtype=dtype)
     _kernels.expert_mlp_backward(
-        grad_y, indices, gates, experts, pre, grad_x if needs_x else None, grad_gates if needs_gates else None,
-        weights, 0, T, ACTIVATIONS.index(activation), _block(indices, experts, T), threads(),
+        grad_y, indices, gates, experts, pre, grad_x if needs_x else None,
+        grad_gates if needs_gates else None, weights, 0, T, ACTIVATIONS.index(activation),
+        _block(indices, experts, T), threads(),
     )  # fmt: skip
     # A sorted pair is two 32-bit numbers and its R weights.
     sorted_pairs = torch.empty(T * K, 8 + R * dtype.itemsize, dtype=torch.uint8)

@@ -112,7 +112,7 @@ def expert_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """See `cpu.expert_mlp_backward`; None as in `expert_mlp`."""
     rows = Rows(experts)
-    (T, K), (N, R, D) = indices.shape, experts.shape
+    T, (N, R, D) = len(indices), experts.shape
     indices, wide_gates, pre = indices.contiguous(), gates.float().contiguous(), pre.contiguous()
     grad_y = grad_y.to(x.dtype)
     grad_x = torch.empty(x.shape if needs_x else 0, dtype=x.dtype)

@@ -15,7 +15,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from million_experts.ops.backends import implementation
 from million_experts.ops.checks import (
+    check_accumulated,
     check_codebooks,
+    check_devices,
     check_experts,
     check_floating,
     check_range,
@@ -82,6 +84,7 @@ def _topk_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_codebooks(query, keys1, keys2, indices.shape[-1])
     check_floating(grad_scores=grad_scores)
+    check_devices(query=query, grad_scores=grad_scores, indices=indices)
     check_shape("indices", indices, (*query.shape[:2], indices.shape[-1]))
     check_shape("grad_scores", grad_scores, indices.shape)
     check_range("indices", indices, keys1.shape[-2] * keys2.shape[-2], "the experts in the pool")
@@ -159,6 +162,8 @@ def _backward_of_real_tokens(
     """What a backend's backward returns for the tokens that the mask leaves, with zeros for the others."""
     check_experts(x, indices, gates, experts, mask, activation)
     check_floating(grad_y=grad_y, pre=pre)
+    check_accumulated(accumulation_dtype(x, gates, experts), pre=pre)
+    check_devices(x=x, grad_y=grad_y, pre=pre)
     check_shape("grad_y", grad_y, x.shape)
     check_shape("pre", pre, (experts.shape[1] - 1, *indices.shape))
     _check_pool(indices, mask, len(experts))

@@ -7,7 +7,15 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from million_experts._arguments import check_choice
 from million_experts.ops.backends import implementation
-from million_experts.ops.checks import check_codebooks, check_experts, check_floating, check_norm, check_shape
+from million_experts.ops.checks import (
+    check_accumulated,
+    check_codebooks,
+    check_devices,
+    check_experts,
+    check_floating,
+    check_norm,
+    check_shape,
+)
 from million_experts.ops.library import LIBRARY, define, refuse_double_backward
 from million_experts.ops.reference import accumulation_dtype
 
@@ -37,6 +45,8 @@ def _norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_norm(x, mask, weight=weight, mean=mean, variance=variance)
     check_floating(grad_y=grad_y)
+    check_accumulated(accumulation_dtype(x), mean=mean, variance=variance)
+    check_devices(x=x, grad_y=grad_y)
     check_shape("grad_y", grad_y, x.shape)
     return implementation(backend).masked_batch_norm_backward(grad_y, x, mask, weight, mean, variance, eps)
 

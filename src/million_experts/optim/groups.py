@@ -29,7 +29,7 @@ def parameter_groups(
     tables = {id(m.table) for m in layers}
     retrieval: set[int] = set()
     if retrieval_learning_rate is not None:
-        retrieval = {id(p) for m in layers for p in (m.query_proj.weight, m.keys1, m.keys2)}
+        retrieval = {id(p) for m in layers for p in (*m.query_proj.parameters(), m.keys1, m.keys2)}
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if id(p) not in tables | retrieval and p.dim() > 1]
     vectors = [p for p in trained if id(p) not in tables and p.dim() <= 1]

@@ -1,0 +1,37 @@
+"""How a layer calls its submodules: as modules, whatever somebody has made of them.
+
+Others wrap, hook, offload, quantise or parametrise a submodule, and all of that happens when it is called. A
+layer reads a submodule's tensors past it only where `is_plain` says that a call would do nothing else.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+_PLAIN = (Tensor, nn.Parameter)
+_COMPUTED_IN = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are tensors of PyTorch's own classes, which are what they hold; none missing."""
+    return all(type(tensor) in _PLAIN for tensor in tensors)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is exactly of this class, and a call of it is its `forward` and nothing else."""
+    return type(module) is kind and not (
+        "forward" in module.__dict__
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or _has_any_global_hook()
+    )
+
+
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), with x in the dtype that the module's weights have; under autocast PyTorch sees to that."""
+    if not torch.is_autocast_enabled(x.device.type):
+        dtypes = (p.dtype for p in module.parameters())
+        x = x.to(next((dtype for dtype in dtypes if dtype in _COMPUTED_IN), x.dtype))
+    return module(x)
