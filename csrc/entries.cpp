@@ -90,7 +90,7 @@ Tensor codebook(const char* name, handle given, unsigned allowed, int64_t heads,
   return per_head ? take(name, given, allowed, {heads, any, d}) : take(name, given, allowed, {any, d});
 }
 
-bool has_heads(handle keys) { return nb::cast<int>(keys.attr("ndim")) == 3; }
+bool has_heads(handle keys) { return take("keys1", keys, sums).dims == 3; }
 
 Retrieval retrieval(handle query_, handle keys1_, handle keys2_, int64_t k, int threads) {
   const Tensor query = take("query", query_, sums, {any, any, 2, any});
@@ -295,7 +295,7 @@ void rowwise_adamw(handle table_, handle exp_avg_, handle exp_avg_sq_, handle la
   const Tensor table = take("table", table_, floating, {any, any, any});
   const int64_t N = table.shape[0], R = table.shape[1], D = table.shape[2];
   const Type sum = table.type == Type::f64 ? Type::f64 : Type::f32;
-  const bool by_row = nb::cast<int>(exp_avg_sq_.attr("ndim")) == 2;
+  const bool by_row = take("exp_avg_sq", exp_avg_sq_, only(sum)).dims == 2;
   const Tensor exp_avg_sq = by_row ? take("exp_avg_sq", exp_avg_sq_, only(sum), {N, R})
                                    : take("exp_avg_sq", exp_avg_sq_, only(sum), {N, R, D});
   const unsigned momenta = only(sum) | (sum == Type::f32 ? only(Type::bf16) : 0);

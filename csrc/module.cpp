@@ -54,11 +54,6 @@ nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>, nb::c_contig> buffer(size_t bytes
   return {taken->data, {bytes}, owner};
 }
 
-// A table of any shape, for the system's calls about its pages.
-Tensor whole(handle table) {
-  return take("table", nb::object(table.attr("detach")().attr("view")(-1)), floating, {any});
-}
-
 }  // namespace
 
 const Kernels& kernels() { return *chosen.load(std::memory_order_relaxed); }
@@ -89,13 +84,13 @@ NB_MODULE(_kernels, m) {
   m.def("release_buffers", &release_buffers, unlocked());
   m.def("kept_bytes", &kept_bytes);
   m.def("advise_huge_pages", [](handle table) {
-    const Tensor t = whole(table);
-    return advise_huge_pages(t.data, static_cast<size_t>(t.shape[0] * t.item_bytes()));
+    const Tensor t = take("table", table, floating);
+    return advise_huge_pages(t.data, static_cast<size_t>(t.bytes()));
   });
   m.def("collapse_to_huge_pages", [](handle table) {
-    const Tensor t = whole(table);
+    const Tensor t = take("table", table, floating);
     const nb::gil_scoped_release released;
-    return collapse_to_huge_pages(t.data, static_cast<size_t>(t.shape[0] * t.item_bytes()));
+    return collapse_to_huge_pages(t.data, static_cast<size_t>(t.bytes()));
   });
 
   m.def("expert_mlp_forward", &expert_mlp_forward);

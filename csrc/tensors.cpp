@@ -96,7 +96,7 @@ int64_t Tensor::row_bytes() const {
   return bytes;
 }
 
-Tensor take(const char* name, nb::handle given, unsigned allowed, std::initializer_list<int64_t> sizes) {
+Tensor take(const char* name, nb::handle given, unsigned allowed) {
   const std::string tensor = name;
   if (!is_plain(given))
     throw nb::type_error((tensor + " must be a plain torch.Tensor, got " + class_name(given)).c_str());
@@ -107,19 +107,10 @@ Tensor take(const char* name, nb::handle given, unsigned allowed, std::initializ
 
   const nb::object shape = get(given, torch().shape);
   const size_t dims = nb::len(shape);
-  bool fits = dims == sizes.size() && dims <= Tensor::most_dims;
-  int64_t count = 1, found[Tensor::most_dims] = {};
-  for (size_t i = 0; i < dims && i < Tensor::most_dims; ++i) {
-    found[i] = integer(shape[i]);
-    const int64_t wanted = i < sizes.size() ? sizes.begin()[i] : any;
-    fits = fits && (wanted == any || wanted == found[i]);
-    count *= found[i];
-  }
-  if (!fits)
-    refuse(tensor + " must have shape " + listed(sizes.begin(), sizes.size()) + ", got " +
-           nb::cast<std::string>(nb::str(nb::list(shape))));
+  if (dims > Tensor::most_dims) refuse(tensor + " must have at most 4 dimensions, got " + std::to_string(dims));
   t.dims = static_cast<int>(dims);
-  for (size_t i = 0; i < dims; ++i) t.shape[i] = found[i];
+  int64_t count = 1;
+  for (size_t i = 0; i < dims; ++i) count *= t.shape[i] = integer(shape[i]);
 
   if (call(given, torch().is_contiguous).ptr() != Py_True) refuse(tensor + " must be contiguous");
   if (call(given, torch().is_neg).ptr() == Py_True) refuse(tensor + " must not be a view that negates");
@@ -130,6 +121,16 @@ Tensor take(const char* name, nb::handle given, unsigned allowed, std::initializ
   if (count > 0 && (!t.data || stored < needed))
     refuse(tensor + " must lie in memory whole: it needs " + std::to_string(needed) + " bytes, its storage has " +
            std::to_string(stored));
+  return t;
+}
+
+Tensor take(const char* name, nb::handle given, unsigned allowed, std::initializer_list<int64_t> sizes) {
+  const Tensor t = take(name, given, allowed);
+  bool fits = static_cast<size_t>(t.dims) == sizes.size();
+  for (int i = 0; fits && i < t.dims; ++i) fits = sizes.begin()[i] == any || sizes.begin()[i] == t.shape[i];
+  if (!fits)
+    refuse(std::string(name) + " must have shape " + listed(sizes.begin(), sizes.size()) + ", got " +
+           listed(t.shape, static_cast<size_t>(t.dims)));
   return t;
 }
 

@@ -39,6 +39,7 @@ struct Tensor {
   DType dtype() const { return static_cast<DType>(type); }
   int64_t item_bytes() const;
   int64_t row_bytes() const;  // of all that stands at one place of the first dimension
+  int64_t bytes() const { return dims ? shape[0] * row_bytes() : item_bytes(); }
   template <class T = void>
   T* at(int64_t row = 0) const {
     return data ? reinterpret_cast<T*>(static_cast<char*>(data) + row * row_bytes()) : nullptr;
@@ -48,6 +49,7 @@ struct Tensor {
 // The tensor, once it is sure that it has one of the types and the shape, lies in this process's memory without gaps,
 // and that this memory is there. Raises TypeError or ValueError, which name it and say what came and what is allowed.
 Tensor take(const char* name, nb::handle given, unsigned types, std::initializer_list<int64_t> shape);
+Tensor take(const char* name, nb::handle given, unsigned types);  // of any shape
 
 // The same, or a tensor without data for None.
 Tensor take_optional(const char* name, nb::handle given, unsigned types, std::initializer_list<int64_t> shape);

@@ -13,6 +13,13 @@ from million_experts.ops.reference import ACTIVATIONS
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def check_tensors(**arguments: object) -> None:
+    """Raises TypeError that names the first argument that is no tensor; a mask may be None."""
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor) and not (argument is None and name == "mask"):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(argument).__name__}")
+
+
 def check_floating(**tensors: Tensor) -> None:
     """Raises ValueError that names the first tensor whose dtype no operation takes."""
     for name, tensor in tensors.items():
@@ -43,6 +50,26 @@ def check_devices(**tensors: Tensor | None) -> None:
             )
 
 
+def check_stored(**arguments: object) -> None:
+    """Raises ValueError that names the first tensor that is sparse, or larger than its storage.
+
+    Storage can shrink under a tensor, as FSDP frees a parameter's between its uses; whoever reads it then reads
+    memory that is not the tensor's.
+    """
+    for name, tensor in arguments.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got {tensor.layout}")
+        if tensor.numel() == 0:
+            continue
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+        stored = tensor.untyped_storage().nbytes()
+        if stored < needed:
+            raise ValueError(f"{name} must lie in memory whole: it needs {needed} bytes, its storage has {stored}")
+
+
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless the tensor has the shape."""
     if tensor.shape != shape:
@@ -70,6 +97,7 @@ def check_range(name: str, indices: Tensor, count: int, of: str) -> None:
 
 def check_codebooks(query: Tensor, keys1: Tensor, keys2: Tensor, k: int) -> None:
     """The arguments of `product_key_topk`."""
+    check_tensors(query=query, keys1=keys1, keys2=keys2)
     if query.dim() != 4 or query.shape[2] != 2:
         raise ValueError(f"query must have shape [T, H, 2, d], got {list(query.shape)}")
     check_floating(query=query, keys1=keys1, keys2=keys2)
@@ -95,6 +123,7 @@ def check_experts(
     x: Tensor, indices: Tensor, gates: Tensor, experts: Tensor, mask: Tensor | None, activation: str
 ) -> None:
     """The arguments of `expert_mlp`, but for the values of the indices."""
+    check_tensors(x=x, indices=indices, gates=gates, experts=experts, mask=mask)
     check_choice("activation", activation, ACTIVATIONS)
     if x.dim() != 2:
         raise ValueError(f"x must have shape [T, D], got {list(x.shape)}")
@@ -116,6 +145,7 @@ def check_experts(
 
 def check_norm(x: Tensor, mask: Tensor | None, **per_channel: Tensor) -> None:
     """The arguments of `masked_batch_norm`."""
+    check_tensors(x=x, mask=mask, **per_channel)
     if x.dim() != 2:
         raise ValueError(f"x must have shape [T, C], got {list(x.shape)}")
     tokens, channels = x.shape

@@ -22,6 +22,8 @@ from million_experts.ops.checks import (
     check_floating,
     check_range,
     check_shape,
+    check_stored,
+    check_tensors,
 )
 from million_experts.ops.reference import Visit, accumulation_dtype, spread
 
@@ -34,14 +36,23 @@ STEPS_IN_BACKWARD: MutableMapping[Tensor, Callable[[], Visit]] = WeakIdKeyDictio
 def define(name: str, schema: str, kernel, fake) -> None:
     """Registers an operation: `kernel` computes it, `fake` gives its outputs' shapes."""
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
+    arguments = [argument.split() for argument in schema[1 : schema.index(")")].split(",")]
+    types = {names[0].split("=")[0]: type_ for type_, *names in arguments}
+    LIBRARY.impl(name, _guarded(kernel, types), "CompositeExplicitAutograd")
     torch.library.register_fake(f"million_experts::{name}", fake, lib=LIBRARY)
 
 
-def _without_autocast(kernel):
-    """Inside an operation autocast would narrow the sums that are promised in float32."""
+def _guarded(kernel, types: dict[str, str]):
+    """The kernel, for tensors whose memory is there, and without autocast.
+
+    Autocast would narrow the sums that are promised in float32.
+    """
 
     def run(first: Tensor, *others):
+        given = dict(zip(types, (first, *others), strict=False))
+        # PyTorch itself takes None for a tensor.
+        check_tensors(**{name: given[name] for name in given if types[name] == "Tensor"})
+        check_stored(**given)
         device = first.device.type
         if device == "meta" or not torch.is_autocast_enabled(device):
             return kernel(first, *others)

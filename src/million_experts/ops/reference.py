@@ -62,7 +62,7 @@ def _chunks(length: int, bytes_each: int) -> Iterator[slice]:
 def dots(x_TD: Tensor, table_MD: Tensor, rows_TK: Tensor) -> Tensor:
     """[T, K] in x's dtype: x[t] . table[rows[t, k]]."""
     T, K = rows_TK.shape
-    if rows_TK.numel() == 0:
+    if rows_TK.numel() == 0 or x_TD.shape[1] == 0:
         return x_TD.new_zeros(T, K)
     # sampled_addmm takes repeated columns, but no more entries in a row than there are columns.
     fits = len(table_MD) >= K and table_MD.dtype == x_TD.dtype and table_MD.is_contiguous()
@@ -84,7 +84,7 @@ def dots(x_TD: Tensor, table_MD: Tensor, rows_TK: Tensor) -> Tensor:
 def mix(weights_TK: Tensor, table_MD: Tensor, rows_TK: Tensor) -> Tensor:
     """[T, D] in the dtype of the weights: sum over k of weights[t, k] * table[rows[t, k]]."""
     T, K = rows_TK.shape
-    if rows_TK.numel() == 0:
+    if rows_TK.numel() == 0 or table_MD.shape[1] == 0:
         return weights_TK.new_zeros(T, table_MD.shape[1])
     if table_MD.dtype == weights_TK.dtype:
         return F.embedding_bag(rows_TK, table_MD, per_sample_weights=weights_TK, mode="sum")
@@ -115,7 +115,7 @@ def accumulate(
 
 
 def _segment_sums(weights_P: Tensor, x_TD: Tensor, tokens_P: Tensor, offsets: Tensor) -> Tensor:
-    if tokens_P.numel() == 0:
+    if tokens_P.numel() == 0 or x_TD.shape[1] == 0:
         return x_TD.new_zeros(len(offsets) - 1, x_TD.shape[1])
     return F.embedding_bag(
         tokens_P, x_TD, offsets, per_sample_weights=weights_P, mode="sum", include_last_offset=True

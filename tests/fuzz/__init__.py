@@ -1,0 +1,1 @@
+"""Input that a caller should not have sent, at every boundary, tried in processes that may die of it."""
