@@ -86,22 +86,33 @@ ExpertProducts expert_products(handle indices_, handle gates_, handle pre_, hand
           threads_of(threads)};
 }
 
-Tensor codebook(const char* name, handle given, unsigned allowed, int64_t heads, int64_t d, bool per_head) {
-  return per_head ? take(name, given, allowed, {heads, any, d}) : take(name, given, allowed, {any, d});
-}
+// Sub-keys [n, d], or [heads, n, d] where there is a codebook for each head.
+struct Codebook {
+  Tensor keys;
+  bool per_head;
+  int64_t n, d;
 
-bool has_heads(handle keys) { return take("keys1", keys, sums).dims == 3; }
+  Codebook(const char* name, handle given, unsigned allowed, int64_t heads, int64_t width) {
+    keys = take(name, given, allowed);
+    per_head = keys.dims == 3;
+    if (per_head) check_shape(keys, {heads, any, width});
+    else check_shape(keys, {any, width});
+    n = keys.shape[keys.dims - 2], d = keys.shape[keys.dims - 1];
+  }
+};
+
+void check_alike(const Codebook& first, const Codebook& second) {
+  check_number("dimensions of the second codebook", second.keys.dims, first.keys.dims, first.keys.dims);
+}
 
 Retrieval retrieval(handle query_, handle keys1_, handle keys2_, int64_t k, int threads) {
   const Tensor query = take("query", query_, sums, {any, any, 2, any});
   const int64_t H = query.shape[1], d = query.shape[3];
-  const bool per_head = has_heads(keys1_);
-  const Tensor keys1 = codebook("keys1", keys1_, only(query.type), H, d, per_head);
-  const Tensor keys2 = codebook("keys2", keys2_, only(query.type), H, d, per_head);
-  const int64_t n1 = keys1.shape[keys1.dims - 2], n2 = keys2.shape[keys2.dims - 2];
-  check_number("k", k, 1, std::min(n1, n2));
-  return {query.dtype(), query.shape[0], H, d, n1, n2, k, per_head ? H : 1, query.at(), keys1.at(), keys2.at(),
-          threads_of(threads)};
+  const Codebook keys1("keys1", keys1_, only(query.type), H, d), keys2("keys2", keys2_, only(query.type), H, d);
+  check_alike(keys1, keys2);
+  check_number("k", k, 1, std::min(keys1.n, keys2.n));
+  return {query.dtype(), query.shape[0], H, d, keys1.n, keys2.n, k, keys1.per_head ? H : 1, query.at(),
+          keys1.keys.at(), keys2.keys.at(), threads_of(threads)};
 }
 
 // What both directions take: x, the mask and one number per channel and name.
@@ -227,12 +238,11 @@ void product_key_topk_backward(handle grad_scores, handle indices, handle query,
   check_range(found, 0, a.T, a.n1 * a.n2);
   a.grad_scores = take("grad_scores", grad_scores, type, {a.T, a.H, a.k}).at();
   a.grad_query = take("grad_query", grad_query, type, {a.T, a.H, 2, a.d}).at();
-  const bool per_head = has_heads(keys1);
-  const Tensor of_keys1 = codebook("grad_keys1", grad_keys1, type, a.H, a.d, per_head);
-  const Tensor of_keys2 = codebook("grad_keys2", grad_keys2, type, a.H, a.d, per_head);
-  check_number("sub-keys of grad_keys1", of_keys1.shape[of_keys1.dims - 2], a.n1, a.n1);
-  check_number("sub-keys of grad_keys2", of_keys2.shape[of_keys2.dims - 2], a.n2, a.n2);
-  a.grad_keys1 = of_keys1.at(), a.grad_keys2 = of_keys2.at();
+  const Codebook of_keys1("grad_keys1", grad_keys1, type, a.H, a.d), of_keys2("grad_keys2", grad_keys2, type, a.H, a.d);
+  const int64_t sub_key = a.codebooks * a.d * of_keys1.keys.item_bytes();
+  check_number("bytes of grad_keys1", of_keys1.keys.bytes(), a.n1 * sub_key, a.n1 * sub_key);
+  check_number("bytes of grad_keys2", of_keys2.keys.bytes(), a.n2 * sub_key, a.n2 * sub_key);
+  a.grad_keys1 = of_keys1.keys.at(), a.grad_keys2 = of_keys2.keys.at();
   run(&Kernels::product_key_topk_backward, a);
 }
 
@@ -264,11 +274,9 @@ void layer_inference(handle x_, handle query_weight, int query_norm, const std::
   check_number("num_heads", heads, 1, INT32_MAX);
   check_number("query_norm", query_norm, 0, 2);
   check_number("score", score, 0, 2);
-  const bool per_head = has_heads(keys1_);
-  const Tensor keys1 = codebook("keys1", keys1_, f32, heads, any, per_head);
-  const int64_t d = keys1.shape[keys1.dims - 1];
-  const Tensor keys2 = codebook("keys2", keys2_, f32, heads, d, per_head);
-  const int64_t n1 = keys1.shape[keys1.dims - 2], n2 = keys2.shape[keys2.dims - 2], width = heads * 2 * d;
+  const Codebook first("keys1", keys1_, f32, heads, any), second("keys2", keys2_, f32, heads, first.d);
+  check_alike(first, second);
+  const int64_t n1 = first.n, n2 = second.n, d = first.d, width = heads * 2 * d;
   check_number("experts_per_head", k, 1, std::min(n1, n2));
   check_number("experts in the table", experts.shape[0], n1 * n2, n1 * n2);
 
@@ -281,11 +289,13 @@ void layer_inference(handle x_, handle query_weight, int query_norm, const std::
   for (size_t i = 0; i < norm.size(); ++i)
     of_norm[i] = take(names[i], norm[i], f32, {query_norm == 2 ? 2 * d : width}).at<float>();
 
-  const LayerInference a{x.shape[0], x.shape[1], heads, k, d, n1, n2, per_head ? heads : 1, experts.shape[1], n1 * n2,
-                         x.at<float>(), take("query_proj.weight", query_weight, f32, {width, x.shape[1]}).at<float>(),
-                         QueryNorm(query_norm), of_norm[0], of_norm[1], of_norm[2], of_norm[3], eps, keys1.at<float>(),
-                         keys2.at<float>(), Score(score), activation_of(activation), experts.dtype(), experts.at(),
-                         take("y", y, f32, {x.shape[0], x.shape[1]}).at<float>(), threads_of(threads)};
+  const Tensor weight = take("query_proj.weight", query_weight, f32, {width, x.shape[1]});
+  const Tensor output = take("y", y, f32, {x.shape[0], x.shape[1]});
+  const LayerInference a{x.shape[0], x.shape[1], heads, k, d, n1, n2, first.per_head ? heads : 1, experts.shape[1],
+                         n1 * n2, x.at<float>(), weight.at<float>(), QueryNorm(query_norm), of_norm[0], of_norm[1],
+                         of_norm[2], of_norm[3], eps, first.keys.at<float>(), second.keys.at<float>(), Score(score),
+                         activation_of(activation), experts.dtype(), experts.at(), output.at<float>(),
+                         threads_of(threads)};
   run(&Kernels::layer_inference, a);
 }
 

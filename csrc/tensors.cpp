@@ -50,7 +50,11 @@ nb::object call(nb::handle object, PyObject* method) {
   return nb::steal(value);
 }
 
-int64_t integer(const nb::object& value) { return nb::cast<int64_t>(value); }
+int64_t integer(nb::handle value) {
+  const int64_t number = PyLong_AsLongLong(value.ptr());
+  if (number == -1 && PyErr_Occurred()) nb::raise_python_error();
+  return number;
+}
 
 // Other classes of tensor may have no memory of their own, or compute what they hold when they are asked by PyTorch:
 // all those that take part in its dispatch.
@@ -97,41 +101,46 @@ int64_t Tensor::row_bytes() const {
 }
 
 Tensor take(const char* name, nb::handle given, unsigned allowed) {
-  const std::string tensor = name;
   if (!is_plain(given))
-    throw nb::type_error((tensor + " must be a plain torch.Tensor, got " + class_name(given)).c_str());
-  if (get(given, torch().is_cpu).ptr() != Py_True) refuse(tensor + " must be on the CPU");
+    throw nb::type_error((std::string(name) + " must be a plain torch.Tensor, got " + class_name(given)).c_str());
+  if (get(given, torch().is_cpu).ptr() != Py_True) refuse(std::string(name) + " must be on the CPU");
   Tensor t;
   t.name = name;
   t.type = type_of(name, given, allowed);
 
   const nb::object shape = get(given, torch().shape);
-  const size_t dims = nb::len(shape);
-  if (dims > Tensor::most_dims) refuse(tensor + " must have at most 4 dimensions, got " + std::to_string(dims));
+  if (!PyTuple_Check(shape.ptr())) refuse(std::string(name) + " must have a shape that is a tuple");
+  const size_t dims = static_cast<size_t>(PyTuple_GET_SIZE(shape.ptr()));
+  if (dims > Tensor::most_dims) refuse(std::string(name) + " must have at most 4 dimensions, got " + std::to_string(dims));
   t.dims = static_cast<int>(dims);
   int64_t count = 1;
-  for (size_t i = 0; i < dims; ++i) count *= t.shape[i] = integer(shape[i]);
+  for (size_t i = 0; i < dims; ++i) count *= t.shape[i] = integer(PyTuple_GET_ITEM(shape.ptr(), i));
 
-  if (call(given, torch().is_contiguous).ptr() != Py_True) refuse(tensor + " must be contiguous");
-  if (call(given, torch().is_neg).ptr() == Py_True) refuse(tensor + " must not be a view that negates");
-  t.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(call(given, torch().data_ptr)));
+  if (call(given, torch().is_contiguous).ptr() != Py_True) refuse(std::string(name) + " must be contiguous");
+  if (call(given, torch().is_neg).ptr() == Py_True) refuse(std::string(name) + " must not be a view that negates");
+  t.data = reinterpret_cast<void*>(integer(call(given, torch().data_ptr)));
   // Storage can shrink under a tensor: FSDP empties a parameter so between its uses.
   const int64_t stored = integer(call(call(given, torch().storage), torch().nbytes));
   const int64_t needed = (integer(call(given, torch().offset)) + count) * t.item_bytes();
   if (count > 0 && (!t.data || stored < needed))
-    refuse(tensor + " must lie in memory whole: it needs " + std::to_string(needed) + " bytes, its storage has " +
-           std::to_string(stored));
+    throw nb::buffer_error((std::string(name) + " must lie in memory whole: it needs " + std::to_string(needed) +
+                            " bytes, its storage has " + std::to_string(stored))
+                               .c_str());
   return t;
 }
 
 Tensor take(const char* name, nb::handle given, unsigned allowed, std::initializer_list<int64_t> sizes) {
   const Tensor t = take(name, given, allowed);
+  check_shape(t, sizes);
+  return t;
+}
+
+void check_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
   bool fits = static_cast<size_t>(t.dims) == sizes.size();
   for (int i = 0; fits && i < t.dims; ++i) fits = sizes.begin()[i] == any || sizes.begin()[i] == t.shape[i];
   if (!fits)
-    refuse(std::string(name) + " must have shape " + listed(sizes.begin(), sizes.size()) + ", got " +
+    refuse(std::string(t.name) + " must have shape " + listed(sizes.begin(), sizes.size()) + ", got " +
            listed(t.shape, static_cast<size_t>(t.dims)));
-  return t;
 }
 
 Tensor take_optional(const char* name, nb::handle given, unsigned allowed, std::initializer_list<int64_t> sizes) {

@@ -47,12 +47,16 @@ struct Tensor {
 };
 
 // The tensor, once it is sure that it has one of the types and the shape, lies in this process's memory without gaps,
-// and that this memory is there. Raises TypeError or ValueError, which name it and say what came and what is allowed.
+// and that this memory is there (else BufferError). Raises TypeError or ValueError, which name it and say what came
+// and what is allowed.
 Tensor take(const char* name, nb::handle given, unsigned types, std::initializer_list<int64_t> shape);
 Tensor take(const char* name, nb::handle given, unsigned types);  // of any shape
 
 // The same, or a tensor without data for None.
 Tensor take_optional(const char* name, nb::handle given, unsigned types, std::initializer_list<int64_t> shape);
+
+// Raises ValueError unless the tensor has the shape.
+void check_shape(const Tensor& tensor, std::initializer_list<int64_t> shape);
 
 // Raises IndexError unless the int64 numbers of rows [first, first + count) lie in [0, limit).
 void check_range(const Tensor& indices, int64_t first, int64_t count, int64_t limit);

@@ -20,7 +20,8 @@ sizes = st.fixed_dictionaries({name: st.integers(low, high) for name, (low, high
 def expert_arguments(s: dict[str, int], sum_dtype: str, table: str) -> dict[str, Any]:
     T, K, N, R, D = (s[name] for name in "TKNRD")
     return {
-        "x": filled((T, D), sum_dtype), "y": filled((T, D), sum_dtype), "pre": filled((R - 1, T, K), sum_dtype),
+        "x": filled((T, D), sum_dtype), "y": filled((T, D), sum_dtype),
+        "pre": filled((R - 1, T, K), sum_dtype),
         "indices": filled((T, K), "int64", N), "gates": filled((T, K), sum_dtype),
         "experts": filled((N, R, D), table), "grad_experts": filled((N, R, D), table),
         "weights": filled((T, K, R), sum_dtype), "rows": filled((min(N, T * K),), "int64"),
@@ -67,7 +68,8 @@ def calls(s: dict[str, int], sum_: str, table: str) -> dict[str, list[Any]]:
         ],
         "layer_inference": [
             f32(T, D), f32(H * 2 * d, D), 1, norm, 1e-5, f32(n1, d), f32(n2, d),
-            filled((n1 * n2, R, D), "float32" if table == "float64" else table), H, k, 0, 0, f32(T, D), threads,
+            filled((n1 * n2, R, D), "float32" if table == "float64" else table), H, k, 0, 0, f32(T, D),
+            threads,
         ],
         "rowwise_adamw": [
             e["experts"], filled((N, R, D), square), filled((N, R), square).abs(),

@@ -14,7 +14,7 @@ import traceback
 import warnings
 from typing import Any, BinaryIO
 
-REFUSALS = (ValueError, TypeError, IndexError, OSError, RuntimeError, NotImplementedError, MemoryError)
+REFUSALS = (ValueError, TypeError, IndexError, BufferError, OSError, RuntimeError, MemoryError)
 
 
 def send(pipe: BinaryIO, message: Any) -> None:

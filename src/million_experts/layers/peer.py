@@ -13,7 +13,7 @@ from million_experts._typing import Bool, Float
 from million_experts.layers.dense import DenseFeedForward
 from million_experts.layers.norm import MaskedBatchNorm, WideLayerNorm, several_ranks
 from million_experts.layers.retrieval import ProductKeyRetrieval, Routing
-from million_experts.layers.submodules import are_plain, call, is_plain
+from million_experts.layers.submodules import call, is_plain
 from million_experts.layers.tokens import blank_masked, flatten_tokens
 from million_experts.ops import ACTIVATIONS, advise_huge_pages, expert_mlp, resolve_backend
 from million_experts.ops.library_layer import layer_inference
@@ -258,24 +258,24 @@ class PEER(ProductKeyRetrieval):
         if resolve_backend(self.backend) != "cpu":
             return None
         proj, norm = self.query_proj, self.query_norm
-        if not is_plain(proj, nn.Linear) or not is_plain(norm, _NORMS[self.norm_kind]) or norm.training:
+        if not is_plain(proj, nn.Linear) or proj.bias is not None:
             return None
-        weight, keys1, keys2, experts = proj.weight, self.keys1, self.keys2, self.experts
+        if not is_plain(norm, _NORMS[self.norm_kind]) or norm.training:
+            return None
         eps, tensors = 0.0, []
         if isinstance(norm, MaskedBatchNorm):
             eps, tensors = norm.eps, [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         elif isinstance(norm, WideLayerNorm):
             eps, tensors = norm.eps, [norm.weight, norm.bias]
-        if not are_plain(weight, keys1, keys2, experts, *tensors) or proj.bias is not None:
-            return None
-        if experts.dtype == torch.float64 or not experts.is_cpu:
-            return None
-        if any(t.dtype != torch.float32 or not t.is_cpu for t in (x, weight, keys1, keys2, *tensors)):
-            return None
-        return layer_inference(
-            x, weight, self.norm_kind, tensors, eps, keys1, keys2, experts, self.num_heads,
-            self.experts_per_head, self.score, self.activation,
-        )  # fmt: skip
+        try:
+            return layer_inference(
+                x, proj.weight, self.norm_kind, tensors, eps, self.keys1, self.keys2, self.experts,
+                self.num_heads, self.experts_per_head, self.score, self.activation,
+            )  # fmt: skip
+        except (TypeError, ValueError):
+            return (
+                None  # not plain float32 tensors on the CPU that fit: the general path takes them or says why
+            )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, glu={self.glu}, activation={self.activation!r}"

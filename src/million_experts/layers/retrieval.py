@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from million_experts._arguments import check_choice, check_positive, is_integer
 from million_experts._typing import Bool, Float
 from million_experts.layers.norm import MaskedBatchNorm, WideLayerNorm
-from million_experts.layers.submodules import are_plain, call, is_plain
+from million_experts.layers.submodules import call, is_plain
 from million_experts.ops import product_key_topk, resolve_backend
 
 SCORES = ("softmax", "sigmoid", "relu")
@@ -177,10 +177,12 @@ class ProductKeyRetrieval(nn.Module):
 
     def retrieve(self, x: Float[Tensor, "T D"], mask: Bool[Tensor, " T"] | None = None) -> Routing:
         """The experts [T, H, k] for tokens x [T, D]; masked tokens must already hold zeros."""
-        if len(self.table) != self.num_experts:
-            n1, n2 = self.codebook_sizes
+        n1, n2 = self.codebook_sizes
+        sizes = self.keys1.shape[-2], self.keys2.shape[-2], len(self.table)
+        if sizes != (n1, n2, n1 * n2):
             raise ValueError(
-                f"the table must have a row for each of {n1} * {n2} pairs of sub-keys, got {len(self.table)}"
+                f"keys1, keys2 and the table must have {n1}, {n2} and {n1 * n2} rows, got {sizes[0]}, "
+                f"{sizes[1]} and {sizes[2]}"
             )
         scores, indices = product_key_topk(
             self._queries(x, mask), *self._codebooks(), self.experts_per_head, self.backend
@@ -220,7 +222,7 @@ class ProductKeyRetrieval(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         proj = self.query_proj
-        plain = is_plain(proj, nn.Linear) and are_plain(proj.weight)
+        plain = is_plain(proj, nn.Linear) and type(proj.weight) is nn.Parameter
         if not plain or x.dtype == proj.weight.dtype or torch.is_autocast_enabled(x.device.type):
             return call(proj, x)
         # Neither side is rounded: a layer in bfloat16 takes a float32 token as it is.

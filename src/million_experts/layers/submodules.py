@@ -8,13 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-_PLAIN = (Tensor, nn.Parameter)
 _COMPUTED_IN = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def are_plain(*tensors: Tensor | None) -> bool:
-    """Whether these are tensors of PyTorch's own classes, which are what they hold; none missing."""
-    return all(type(tensor) in _PLAIN for tensor in tensors)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -31,7 +31,7 @@ def check_floating(**tensors: Tensor) -> None:
 
 
 def check_accumulated(dtype: torch.dtype, **tensors: Tensor) -> None:
-    """Raises ValueError that names the first tensor that forward gave in another dtype than it has now."""
+    """Raises ValueError that names the first tensor that forward gave in another dtype."""
     for name, tensor in tensors.items():
         if tensor.dtype != dtype:
             raise ValueError(f"{name} must be {dtype}, as the forward pass gave it, got {tensor.dtype}")
@@ -51,10 +51,10 @@ def check_devices(**tensors: Tensor | None) -> None:
 
 
 def check_stored(**arguments: object) -> None:
-    """Raises ValueError that names the first tensor that is sparse, or larger than its storage.
+    """Raises ValueError that names the first sparse tensor, BufferError for one larger than its storage.
 
-    Storage can shrink under a tensor, as FSDP frees a parameter's between its uses; whoever reads it then reads
-    memory that is not the tensor's.
+    Storage can shrink under a tensor: FSDP frees a parameter's between its uses. Who reads it then reads memory
+    that is not the tensor's.
     """
     for name, tensor in arguments.items():
         if not isinstance(tensor, Tensor):
@@ -67,7 +67,9 @@ def check_stored(**arguments: object) -> None:
         needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
         stored = tensor.untyped_storage().nbytes()
         if stored < needed:
-            raise ValueError(f"{name} must lie in memory whole: it needs {needed} bytes, its storage has {stored}")
+            raise BufferError(
+                f"{name} must lie in memory whole: it needs {needed} bytes, its storage has {stored}"
+            )
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -420,14 +420,15 @@ def layer_inference(
     """A PEER layer's output [T, D] for x [T, D] in eval mode: meant for few tokens, one above all.
 
     All tensors are float32, but for the experts, which may be narrower. `norm` has weight and bias of the
-    query norm, for "batch" followed by the running mean and variance; nothing for "none".
+    query norm, for "batch" followed by the running mean and variance; nothing for "none". All but x must be
+    contiguous.
+
+    Raises:
+        TypeError: an argument is no plain tensor.
+        ValueError: one has another dtype, shape, order or device.
     """
-    T, D = x.shape
-    x, query_weight, keys1, keys2, experts = (
-        t if t.is_contiguous() else t.contiguous() for t in (x, query_weight, keys1, keys2, experts)
-    )
-    norm = [t.contiguous() for t in norm]
-    y = torch.empty(T, D)
+    x = x.contiguous()
+    y = torch.empty(x.shape)
     _kernels.layer_inference(
         x, query_weight, _QUERY_NORMS.index(query_norm), norm, eps, keys1, keys2, experts, num_heads, k,
         _SCORES.index(score), ACTIVATIONS.index(activation), y, threads(),

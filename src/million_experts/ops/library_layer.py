@@ -123,15 +123,20 @@ def layer_inference(
     )
     if watched:
         return torch.ops.million_experts.layer_inference(*arguments, "cpu")
-    # Nobody looks on, there is no gradient, and a layer's own tensors fit each other: the dispatcher would
-    # add 17 us to 50.
+    # Nobody looks on, there is no gradient, and the kernels' entry refuses what does not fit: the dispatcher
+    # would add 17 us to 50.
     return implementation("cpu").layer_inference(*arguments)
 
 
-def _inference(*arguments) -> Tensor:
-    *layer, backend = arguments
-    _check_layer(*layer)
-    return implementation(backend).layer_inference(*layer)
+def _inference(x, query_weight, query_norm, norm, eps, keys1, keys2, experts, *rest) -> Tensor:
+    *numbers, backend = rest
+    _check_layer(x, query_weight, query_norm, norm, eps, keys1, keys2, experts, *numbers)
+    query_weight, keys1, keys2, experts, *norm = (
+        t.contiguous() for t in (query_weight, keys1, keys2, experts, *norm)
+    )
+    return implementation(backend).layer_inference(
+        x, query_weight, query_norm, norm, eps, keys1, keys2, experts, *numbers
+    )
 
 
 def _check_layer(
