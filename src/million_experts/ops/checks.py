@@ -53,8 +53,8 @@ def check_devices(**tensors: Tensor | None) -> None:
 def check_stored(**arguments: object) -> None:
     """Raises ValueError that names the first sparse tensor, BufferError for one larger than its storage.
 
-    Storage can shrink under a tensor: FSDP frees a parameter's between its uses. Who reads it then reads memory
-    that is not the tensor's.
+    Storage can shrink under a tensor: FSDP frees a parameter's between its uses. Whoever reads it then, reads
+    memory that is not the tensor's.
     """
     for name, tensor in arguments.items():
         if not isinstance(tensor, Tensor):
