@@ -8,7 +8,7 @@ import pytest
 
 from fuzz.harness import Worker, fuzz
 
-BOUNDARIES = ("entries", "operations")
+BOUNDARIES = ("entries", "operations", "layers")
 SECONDS = 60 / len(BOUNDARIES)
 
 

@@ -210,8 +210,8 @@ class PEER(ProductKeyRetrieval):
                 training with fewer than two real tokens; nothing but masked tokens in training, unless this
                 is one of several ranks.
         """
-        lead = x.shape[:-1]
         tokens, mask = flatten_tokens(x, mask, self.dim)
+        lead = x.shape[:-1]
         # Of several ranks one may have nothing to learn from.
         if mask is not None and self.training and mask.shape[0] > 0 and not several_ranks():
             _require_a_real_token(mask)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from million_experts.ops.checks import check_tensors
+
 
 def flatten_tokens(x: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Tensor | None]:
     """Tokens x [..., D] as [T, D], those outside `mask` [...] replaced by zeros, and the mask as [T].
@@ -10,8 +12,10 @@ def flatten_tokens(x: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Te
     By `where`, not by a product: what masked tokens hold, NaN included, reaches neither output nor gradient.
 
     Raises:
+        TypeError: no tensor.
         ValueError: a last dimension other than `dim`; a mask of another shape or dtype.
     """
+    check_tensors(x=x, mask=mask)
     if x.dim() < 1 or x.shape[-1] != dim:
         raise ValueError(f"x must have shape [..., {dim}], got {list(x.shape)}")
     tokens = x.reshape(-1, dim)
