@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from million_experts.ops import ACTIVATIONS, expert_mlp, masked_batch_norm
-from million_experts.ops.library import LIBRARY
+from million_experts.ops.registration import LIBRARY
 from million_experts.ops.reference import expert_mlp as reference_mlp
 
 OPERATIONS = torch.ops.million_experts

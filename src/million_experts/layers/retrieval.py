@@ -166,6 +166,14 @@ class ProductKeyRetrieval(nn.Module):
             if isinstance(module, MaskedBatchNorm | nn.LayerNorm):
                 module.reset_parameters()
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        # How `SyncBatchNorm.convert_sync_batchnorm` would put a norm without a mask in place of ours.
+        own = self._modules.get(name)
+        if isinstance(module, nn.SyncBatchNorm) and isinstance(own, MaskedBatchNorm):
+            own.synchronise(module.process_group)
+        else:
+            super().add_module(name, module)
+
     def register_routing_hook(self, hook: RoutingHook) -> RemovableHandle:
         """Calls `hook(layer, routing)` after each retrieval, routing [T, H, k]; returns a handle.
 
