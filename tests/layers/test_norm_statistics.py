@@ -46,7 +46,9 @@ def in_hook(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def in_hook_of_reentrant_backward(module: nn.Module, x: Tensor) -> Tensor:
-    return checkpoint(lambda x: in_hook(module, x) if torch.is_grad_enabled() else x * 2, x, use_reentrant=True)
+    return checkpoint(
+        lambda x: in_hook(module, x) if torch.is_grad_enabled() else x * 2, x, use_reentrant=True
+    )
 
 
 def checkpointed_in_hook(module: nn.Module, x: Tensor) -> Tensor:

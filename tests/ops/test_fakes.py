@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from million_experts.ops import ACTIVATIONS, expert_mlp, masked_batch_norm
-from million_experts.ops.registration import LIBRARY
 from million_experts.ops.reference import expert_mlp as reference_mlp
+from million_experts.ops.registration import LIBRARY
 
 OPERATIONS = torch.ops.million_experts
 T, D, H, K, N, R, n1, n2, d, k = 5, 6, 2, 4, 30, 3, 6, 5, 3, 2

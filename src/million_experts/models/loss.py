@@ -71,7 +71,9 @@ def _check_labels(logits: Tensor, targets: Tensor, vocab_size: int, ignore_index
         raise ValueError(
             f"labels must have one for each token of logits {list(logits.shape)}, got {targets.numel()}"
         )
-    if targets.device.type != "cpu" or not has_readable_values(targets):  # to look at them would wait for the device
+    if targets.device.type != "cpu" or not has_readable_values(
+        targets
+    ):  # to look at them would wait for the device
         return
     allowed = (targets == ignore_index) | (targets >= 0) & (targets < vocab_size)
     if not allowed.all():

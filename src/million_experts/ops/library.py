@@ -23,8 +23,8 @@ from million_experts.ops.checks import (
     check_range,
     check_shape,
 )
-from million_experts.ops.registration import define, register_autograd
 from million_experts.ops.reference import Visit, accumulation_dtype, spread
+from million_experts.ops.registration import define, register_autograd
 
 #: Tables that are updated while their gradient comes, and what begins such an update: it returns the visitor.
 STEPS_IN_BACKWARD: MutableMapping[Tensor, Callable[[], Visit]] = WeakIdKeyDictionary()

@@ -122,7 +122,9 @@ def register_autograd(
             raise RuntimeError(_NO_SECOND.format(public))
         return (*backward(ctx, *grads), None, None)
 
-    node = type(f"{name}_node", (Function,), {"forward": staticmethod(forward), "backward": staticmethod(reverse)})
+    node = type(
+        f"{name}_node", (Function,), {"forward": staticmethod(forward), "backward": staticmethod(reverse)}
+    )
 
     def kernel(keyset, *inputs):
         if forward_mode_is_on():
