@@ -21,10 +21,10 @@ class MaskedBatchNorm(_BatchNorm):
     """BatchNorm over tokens [T, C], with an optional mask of the real ones.
 
     Statistics are computed and kept in float32 or wider, `.to(torch.bfloat16)` included. Parameters, buffers
-    and the meaning of `momentum` are those of `torch.nn.BatchNorm1d`: with None the running statistics are the
-    means over all batches. Tools that look for BatchNorm find it, such as `torch.optim.swa_utils.update_bn` and
-    `torch.func.replace_all_batch_norm_modules_`. `SyncBatchNorm.convert_sync_batchnorm` does not replace the
-    query norm of a layer, but synchronises it.
+    and the meaning of `momentum` are those of `torch.nn.BatchNorm1d`: with None the running statistics are
+    the means over all batches. Tools that look for BatchNorm find it, such as
+    `torch.optim.swa_utils.update_bn`. `SyncBatchNorm.convert_sync_batchnorm` does not replace the query norm
+    of a layer, but synchronises it.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1):
@@ -52,7 +52,7 @@ class MaskedBatchNorm(_BatchNorm):
         super()._apply(fn, recurse)
         for name, old in zip(("running_mean", "running_var"), before, strict=True):
             new = getattr(self, name)
-            if new is not None and new.dtype in (torch.float16, torch.bfloat16):
+            if old is not None and new.dtype in (torch.float16, torch.bfloat16):
                 # Statistics move and change size with the module, but never lose precision.
                 setattr(self, name, old.to(new.device) if new.device.type != "meta" else new.float())
         return self
@@ -60,7 +60,7 @@ class MaskedBatchNorm(_BatchNorm):
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Float[Tensor, "T C"], mask: Bool[Tensor, " T"] | None = None, backend: str = "auto"
     ) -> Float[Tensor, "T C"]:
         """Normalises x [T, C] by the statistics of its real tokens (training) or the running ones (eval).

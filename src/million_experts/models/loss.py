@@ -46,7 +46,7 @@ def causal_language_model_loss(
         ValueError: as many labels as tokens are wanted, and, on a CPU, each of them in 0 ... V - 1.
         RuntimeError: double backward.
     """
-    # A compiler fuses what a loop would hide from it; a transform of torch.func needs operations that it knows.
+    # A compiler fuses what a loop would hide from it; transforms of torch.func need operations they know.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return ForCausalLMLoss(
             logits,

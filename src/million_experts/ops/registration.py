@@ -1,4 +1,4 @@
-"""How operations become known to PyTorch: schema, kernel, fake, derivative, and what `torch.func` does with them.
+"""How operations become known to PyTorch: schema, kernel, fake, derivative, and their part in `torch.func`.
 
 `library.py` and `library_layer.py` say what is registered.
 """
@@ -17,8 +17,8 @@ from million_experts.ops.checks import check_stored, check_tensors
 LIBRARY = torch.library.Library("million_experts", "DEF")
 
 _NO_FORWARD_MODE = (
-    "{} has no forward-mode derivative: torch.func.jvp, jacfwd, hessian and linearize, and dual numbers are not "
-    "supported; use reverse mode: backward, torch.func.grad, vjp or jacrev"
+    "{} has no forward-mode derivative: torch.func.jvp, jacfwd, hessian and linearize, and dual numbers are "
+    "not supported; use reverse mode: backward, torch.func.grad, vjp or jacrev"
 )
 _NO_SECOND = (
     "{} has no second derivative: double backward is not supported; call backward without create_graph=True"
@@ -108,23 +108,22 @@ def register_autograd(
     public = name.removesuffix("_backward").removesuffix("_touched")
     arguments = operation._schema.arguments
 
-    def forward(ctx, *inputs_and_state):
-        *inputs, keyset, grad_mode = inputs_and_state
-        # PyTorch switches gradients off in here; the levels underneath have graphs of their own.
-        with torch.set_grad_enabled(grad_mode), below_autograd():
-            output = operation.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
-        if setup_context is not None:
-            setup_context(ctx, inputs, output)
-        return output
+    class Node(Function):
+        @staticmethod
+        def forward(ctx, *inputs_and_keys):
+            *inputs, keyset = inputs_and_keys
+            # PyTorch switches derivatives off in here; the levels underneath have some of their own.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below_autograd():
+                output = operation.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+            if setup_context is not None:
+                setup_context(ctx, tuple(inputs), output)
+            return output
 
-    def reverse(ctx, *grads):
-        if backward is None:
-            raise RuntimeError(_NO_SECOND.format(public))
-        return (*backward(ctx, *grads), None, None)
-
-    node = type(
-        f"{name}_node", (Function,), {"forward": staticmethod(forward), "backward": staticmethod(reverse)}
-    )
+        @staticmethod
+        def backward(ctx, *grads):
+            if backward is None:
+                raise RuntimeError(_NO_SECOND.format(public))
+            return (*backward(ctx, *grads), None)
 
     def kernel(keyset, *inputs):
         if forward_mode_is_on():
@@ -135,9 +134,9 @@ def register_autograd(
         # The dispatcher leaves out arguments that have their default value.
         inputs += tuple(argument.default_value for argument in arguments[len(inputs) :])
         if not torch._C._are_functorch_transforms_active():
-            return node.apply(*inputs, keyset, True)
+            return Node.apply(*inputs, keyset)
         with enable_single_level_autograd_function():
-            return super(Function, node).apply(*inputs, keyset, True)
+            return super(Function, Node).apply(*inputs, keyset)
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 

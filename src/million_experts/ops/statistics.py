@@ -10,8 +10,8 @@ from torch.autograd.function import BackwardCFunction
 
 from million_experts.ops.registration import define
 
-# The engine calls the backward of every `torch.autograd.Function` by one of these, that of reentrant checkpointing
-# among them.
+# The engine calls the backward of every `torch.autograd.Function` by one of these, that of reentrant
+# checkpointing among them.
 _CUSTOM_BACKWARD = {
     getattr(BackwardCFunction, name).__code__
     for name in ("apply", "apply_boxed")
@@ -24,9 +24,9 @@ _ENGINE = graph._engine_run_backward.__code__
 def repeats_a_forward_pass() -> bool:
     """Whether gradient checkpointing computes anew what a forward pass, already counted, has computed before.
 
-    True inside the backward of a `torch.autograd.Function`, which is where reentrant checkpointing and that of other
-    libraries recompute, and inside the hook by which `torch.utils.checkpoint` gets back what it did not save. A
-    forward pass that a user's hook starts during backward is a new one.
+    True inside the backward of a `torch.autograd.Function`, where reentrant checkpointing and that of other
+    libraries recompute, and inside the hook by which `torch.utils.checkpoint` gets back what it did not save.
+    A forward pass that a user's hook starts during backward is a new one.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -53,7 +53,7 @@ def move_statistics(
     """Moves running statistics [C], in place, towards a batch's.
 
     Args:
-        momentum: as in `torch.nn.BatchNorm1d`; with None the running statistics are the means over all batches.
+        momentum: as in `torch.nn.BatchNorm1d`: with None they are the means over all batches.
         any_real: a bool; where it is False nothing moves. None for True.
 
     Raises:
@@ -71,9 +71,9 @@ def move_statistics(
         if not torch._C._are_functorch_transforms_active():
             raise
         raise RuntimeError(
-            "BatchNorm's running statistics cannot move inside a transform of torch.func that does not get them "
-            "as an argument: call .eval(), pass the buffers to functional_call, choose query_norm='layer', or "
-            "let torch.func.replace_all_batch_norm_modules_ drop them"
+            "BatchNorm's running statistics cannot move inside a transform of torch.func that does not get "
+            "them as arguments: call .eval(), pass the buffers to functional_call, choose "
+            "query_norm='layer', or let torch.func.replace_all_batch_norm_modules_ drop them"
         ) from error
 
 
@@ -89,11 +89,13 @@ def _move(
     if repeats_a_forward_pass():
         return
     for running, new in ((running_mean, mean), (running_var, unbiased)):
-        weight = momentum
-        if weight is None:
-            weight = (num_batches_tracked + 1).to(running.dtype).reciprocal()
         new = new.to(running)
-        running.lerp_(new if any_real is None else torch.where(any_real, new, running), weight)
+        if any_real is not None:
+            new = torch.where(any_real, new, running)
+        if momentum is None:
+            running.lerp_(new, (num_batches_tracked + 1).to(running.dtype).reciprocal())
+        else:
+            running.lerp_(new, momentum)
     num_batches_tracked.add_(1 if any_real is None else any_real)
 
 
