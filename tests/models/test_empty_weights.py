@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
@@ -10,13 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from million_experts.models import PeerForCausalLM
 
 KINDS = ("peer", "pkm", "memory_plus", "moe", "swiglu", "expert_choice")
+GROUPED = ("moe", "expert_choice")  # how many tokens an expert gets is a size, unknown without numbers
 LAYER = {"num_heads": 2, "experts_per_head": 4, "key_dim": 8}
 
 
 def settings_of(kind: str) -> dict:
     sizes = {
         "peer": {"num_experts": 64, **LAYER},
-        "pkm": {"num_values": 64, **LAYER},
+        "pkm": {"num_experts": 64, **LAYER},
     }
     return {"mlp_layer_types": ["dense", kind]} | ({kind: sizes[kind]} if kind in sizes else {})
 
@@ -32,12 +35,11 @@ def test_empty_weights_are_filled_from_a_checkpoint(
     with init_empty_weights(include_buffers=include_buffers):
         empty = PeerForCausalLM(tiny_config(peer={"query_norm": query_norm, "shared_width": 4}))
     assert all(parameter.is_meta for parameter in empty.parameters())
-    loaded = load_checkpoint_and_dispatch(
-        empty.eval(), tmp_path / "model.safetensors", device_map={"": "cpu"}
-    )
-    loaded.tie_weights()
-    if include_buffers:  # those that no checkpoint has are the loader's affair
-        loaded.model.rotary_emb = model.model.rotary_emb
+    empty.tie_weights()
+    if include_buffers:  # no checkpoint has the frequencies; Llama's are lost as well
+        empty.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    weights = str(tmp_path / "model.safetensors")
+    loaded = load_checkpoint_and_dispatch(empty.eval(), weights, device_map={"": "cpu"})
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
@@ -50,7 +52,7 @@ def test_every_kind_is_built_empty(kind, tiny_config):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in GROUPED])
 def test_fake_models_give_fake_outputs(kind, training, tiny_config):
     with FakeTensorMode():
         model = PeerForCausalLM(tiny_config(**settings_of(kind))).train(training)
@@ -58,6 +60,5 @@ def test_fake_models_give_fake_outputs(kind, training, tiny_config):
         output = model(tokens, torch.ones_like(tokens), labels=tokens)
         output.loss.backward()
         assert output.logits.shape == (2, 8, 50)
-        assert all(
-            parameter.grad.shape == parameter.shape for parameter in model.model.layers[1].parameters()
-        )
+        block = model.model.layers[1]
+        assert all(parameter.grad.shape == parameter.shape for parameter in block.parameters())

@@ -62,9 +62,8 @@ def test_routing_can_be_switched_on_while_generating(model, tokens):
 
 
 def test_training_mode_is_warned_of(model, tokens):
-    with pytest.warns(
-        UserWarning, match=r"moves BatchNorm's running statistics.*call \.eval\(\) first"
-    ) as seen:
+    message = r"moves BatchNorm's running statistics.*call \.eval\(\) first"
+    with pytest.warns(UserWarning, match=message) as seen:
         generate(model.train(), tokens)
     assert len(seen) == 1
     with warnings.catch_warnings():

@@ -138,7 +138,7 @@ def test_levels_underneath_get_their_gradient(function_and_inputs):
     function, (x, *others) = function_and_inputs
     loss = scalar(function)
     others = [t.clone().requires_grad_() for t in others]
-    value, pull = vjp(lambda x: loss(x, *others), x)
+    value, _ = vjp(lambda x: loss(x, *others), x)
     outer = torch.autograd.grad(value, others)
     for actual, right in zip(outer, gradients(loss, (x, *others))[1:], strict=True):
         assert torch.equal(actual, right)
