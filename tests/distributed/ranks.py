@@ -95,6 +95,26 @@ def norm(rank: int, world: int, one_process: bool = False) -> dict[str, Tensor |
     return found
 
 
+def padding(rank: int, world: int) -> dict[str, Tensor]:
+    """A step of DistributedDataParallel with a rank of padding alone, its norm synchronised or not."""
+    found: dict[str, Tensor] = {}
+    for synchronised in (False, True):
+        torch.manual_seed(0)
+        layer = PEER(D, N, 2, 4, 4)
+        if synchronised:
+            synchronise_query_norm(layer)
+        model = DistributedDataParallel(layer, broadcast_buffers=False)
+        x, mask, dy = tokens(world)
+        x[2, 6:12] = float("nan")  # what masked tokens hold does not matter
+        own = slice(6 * rank, 6 * rank + 6)
+        (model(x[2, own], mask[2, own]) * dy[2, own]).sum().backward()
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad is not None
+            found[f"{synchronised} {name}"] = parameter.grad
+        found |= {f"{synchronised} {name}": buffer.clone() for name, buffer in layer.named_buffers()}
+    return found
+
+
 def train(rank: int, world: int, one_process: bool = False) -> dict[str, Tensor]:
     """Steps of two micro-batches, clipped, for query BatchNorm; all ranks' tokens here if `one_process`."""
     torch.manual_seed(0 if one_process else rank)  # rank 0's weights have to come to the others

@@ -14,6 +14,8 @@ import torch.multiprocessing
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks
 
+from million_experts import PEER
+
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 
@@ -73,3 +75,20 @@ def test_ranks_train_as_one_process(tmp_path):
         for of_rank in found:
             torch.testing.assert_close(of_rank[name], tensor, rtol=1e-4, atol=1e-5)
             assert of_rank[name].equal(found[0][name]), "ranks must not drift apart"
+
+
+def test_a_rank_with_padding_alone(tmp_path):
+    torch.manual_seed(0)
+    layer = PEER(ranks.D, ranks.N, 2, 4, 4)
+    x, mask, dy = ranks.tokens(2)
+    (layer(x[2, :6], mask[2, :6]) * dy[2, :6]).sum().backward()
+    found = run_ranks("padding", 2, tmp_path)
+    for synchronised in (False, True):
+        for name, parameter in layer.named_parameters():
+            for of_rank in found:  # the mean over ranks, of which one gives nothing
+                torch.testing.assert_close(of_rank[f"{synchronised} {name}"], parameter.grad / 2)
+        for name, buffer in layer.named_buffers():
+            torch.testing.assert_close(found[0][f"{synchronised} {name}"], buffer)
+    assert found[1]["False query_norm.num_batches_tracked"] == 0
+    assert not found[1]["False query_norm.running_mean"].any()
+    assert found[1]["True query_norm.running_mean"].equal(found[0]["True query_norm.running_mean"])

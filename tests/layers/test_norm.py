@@ -97,27 +97,6 @@ def test_output_is_float32_or_wider(of_x, of_y, assert_close):
     assert_close(norm.running_mean, theirs.running_mean, torch.float32)
 
 
-def test_is_not_replaced_by_sync_batch_norm():
-    model = nn.Sequential(MaskedBatchNorm(3), nn.BatchNorm1d(3))
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    assert isinstance(converted[0], MaskedBatchNorm)
-    assert isinstance(converted[1], nn.SyncBatchNorm)
-
-
-def test_a_forward_pass_during_backward_is_a_repetition():
-    mine, _ = make_pair()
-    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    repeated = []
-    y = x * 2
-    y.register_hook(lambda grad: repeated.append(mine(x.detach())))
-    first = mine(x.detach())
-    before = mine.running_mean.clone()
-    y.sum().backward()
-    assert torch.equal(repeated[0], first)
-    assert torch.equal(mine.running_mean, before)
-    assert mine.num_batches_tracked == 1
-
-
 def test_pickles():
     mine, _ = make_pair()
     twin = pickle.loads(pickle.dumps(mine))

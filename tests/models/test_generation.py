@@ -1,5 +1,7 @@
 """generate(): caches and padding must not change what is generated."""
 
+import warnings
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -57,3 +59,19 @@ def test_routing_can_be_switched_on_while_generating(model, tokens):
     expected = generate(model, tokens)
     model.config.output_routing = True
     assert_close(generate(model, tokens), expected)
+
+
+def test_training_mode_is_warned_of(model, tokens):
+    message = r"moves BatchNorm's running statistics.*call \.eval\(\) first"
+    with pytest.warns(UserWarning, match=message) as seen:
+        generate(model.train(), tokens)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model.eval(), tokens)
+
+
+def test_a_layer_norm_has_nothing_to_warn_of(tiny_model, tokens):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(tiny_model().train(), tokens)

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from million_experts.ops import ACTIVATIONS, expert_mlp, masked_batch_norm
-from million_experts.ops.library import LIBRARY
 from million_experts.ops.reference import expert_mlp as reference_mlp
+from million_experts.ops.registration import LIBRARY
 
 OPERATIONS = torch.ops.million_experts
 T, D, H, K, N, R, n1, n2, d, k = 5, 6, 2, 4, 30, 3, 6, 5, 3, 2
@@ -96,6 +96,13 @@ def test_layer_inference_of_meta_tensors():
     assert (fake.device.type, fake.shape, fake.dtype) == ("meta", (T, D), torch.float32)
 
 
+def test_moved_statistics_of_meta_tensors():
+    mean, variance, count = torch.randn(D), torch.rand(D).double(), torch.tensor(3)
+    arguments = (mean, variance, count, torch.randn(D), torch.rand(D), None, torch.tensor(True))
+    real = OPERATIONS.moved_statistics(*arguments)
+    assert forms(OPERATIONS.moved_statistics(*to_meta(list(arguments)))) == forms(real)
+
+
 def test_how_many_rows_are_touched_is_unknown_without_numbers():
     x, picks, gates, table = experts(torch.float32)
     pre = reference_mlp(x, picks, gates, table, "gelu")[1]
@@ -124,5 +131,5 @@ def test_gradients_flow_between_meta_tensors():
 
 def test_every_operation_is_tested_here():
     registered = {name.split("::")[1].split(".")[0] for name in LIBRARY._op_defs}
-    tested = {*_calls(torch.float32), "layer_inference", "expert_mlp_touched_backward"}
+    tested = {*_calls(torch.float32), "layer_inference", "expert_mlp_touched_backward", "moved_statistics"}
     assert registered == tested

@@ -4,9 +4,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from million_experts._typing import Bool, Float
+from million_experts.layers.tokens import has_readable_values
 from million_experts.ops import masked_batch_norm
+from million_experts.ops.statistics import move_statistics
 
 
 def several_ranks(group: "dist.ProcessGroup | None" = None) -> bool:
@@ -14,36 +17,22 @@ def several_ranks(group: "dist.ProcessGroup | None" = None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-class MaskedBatchNorm(nn.Module):
+class MaskedBatchNorm(_BatchNorm):
     """BatchNorm over tokens [T, C], with an optional mask of the real ones.
 
     Statistics are computed and kept in float32 or wider, `.to(torch.bfloat16)` included. Parameters, buffers
-    and the meaning of `momentum` are those of `torch.nn.BatchNorm1d`; it is no subclass, so that
-    `SyncBatchNorm.convert_sync_batchnorm` does not replace it by a module without a mask.
+    and the meaning of `momentum` are those of `torch.nn.BatchNorm1d`: with None the running statistics are
+    the means over all batches. Tools that look for BatchNorm find it, such as
+    `torch.optim.swa_utils.update_bn`. `SyncBatchNorm.convert_sync_batchnorm` does not replace the query norm
+    of a layer, but synchronises it.
     """
 
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1):
-        super().__init__()
-        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1):
+        super().__init__(num_features, eps, momentum)
+        for name in ("running_mean", "running_var"):  # whatever the default dtype
+            setattr(self, name, getattr(self, name).to(torch.float32))
         self.synchronised = False
         self._group: dist.ProcessGroup | None = None
-        self.weight = nn.Parameter(torch.empty(num_features))
-        self.bias = nn.Parameter(torch.empty(num_features))
-        self.register_buffer("running_mean", torch.empty(num_features, dtype=torch.float32))
-        self.register_buffer("running_var", torch.empty(num_features, dtype=torch.float32))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-        nn.init.zeros_(self.running_mean)
-        nn.init.ones_(self.running_var)
-        nn.init.zeros_(self.num_batches_tracked)
 
     def synchronise(self, group: "dist.ProcessGroup | None" = None) -> None:
         """From now on statistics are those of the real tokens of all ranks, or of a group of them.
@@ -63,7 +52,7 @@ class MaskedBatchNorm(nn.Module):
         super()._apply(fn, recurse)
         for name, old in zip(("running_mean", "running_var"), before, strict=True):
             new = getattr(self, name)
-            if new.dtype in (torch.float16, torch.bfloat16):
+            if old is not None and new.dtype in (torch.float16, torch.bfloat16):
                 # Statistics move and change size with the module, but never lose precision.
                 setattr(self, name, old.to(new.device) if new.device.type != "meta" else new.float())
         return self
@@ -78,22 +67,29 @@ class MaskedBatchNorm(nn.Module):
 
         Returns float32, or float64 where x is float64. `mask` [T] is True where a token is real; what the
         others hold does not matter, and what is returned for them means nothing. In training the running
-        statistics are updated once a step: not again when gradient checkpointing repeats a forward pass
-        during backward.
+        statistics move once per forward pass: not again when gradient checkpointing repeats it. A module
+        whose running statistics are None, as torch's tools leave it, normalises by the batch in eval, too.
 
         Raises:
             ValueError: fewer than two real tokens in training (none at all in an empty batch is fine); of all
-                ranks together where they are synchronised.
+                ranks together where they are synchronised. Of several ranks that are not, one may have none.
         """
-        if self.training and self.over_ranks:
+        by_batch = self.training or self.running_mean is None
+        if by_batch and self.over_ranks:
             return self._forward_over_ranks(x, mask)
-        if self.training and x.shape[0] > 0:
-            count = self._count(mask, x)
+        count = self._count(mask, x) if by_batch and x.shape[0] > 0 else 0
+        if isinstance(count, Tensor) or count > 0:
             y, mean, variance = masked_batch_norm(x, mask, self.weight, self.bias, self.eps, backend)
             self._update(mean, variance, count)
             return y
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self._normalise(x, self.running_mean.to(x.dtype), self.running_var.to(x.dtype))
+        if self.running_mean is None or self.running_var is None:
+            return self._normalise(x, x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]))
+        return self._normalise(
+            x if mask is None else torch.where(mask[:, None], x, 0),
+            self.running_mean.to(x.dtype),
+            self.running_var.to(x.dtype),
+        )
 
     def _normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         scale = torch.rsqrt(variance + self.eps) * self.weight.to(x.dtype)
@@ -107,7 +103,7 @@ class MaskedBatchNorm(nn.Module):
         sums = torch.where(real[:, None], x, 0).sum(0, dtype=torch.float64)
         totals = self._sum_over_ranks(torch.cat([sums, count[None]]))
         count = totals[-1].detach()
-        if not torch.compiler.is_compiling() and count < 2:
+        if has_readable_values(count) and count < 2:
             raise ValueError(
                 f"{_TOO_FEW}, of all ranks together, got {int(count)}; eval mode or query_norm='layer' take "
                 "any number"
@@ -124,16 +120,18 @@ class MaskedBatchNorm(nn.Module):
         return total
 
     def _count(self, mask: Tensor | None, x: Tensor) -> Tensor | int:
-        """How many tokens are real; raises where they are too few for statistics."""
-        if mask is None:
-            count: Tensor | int = x.shape[0]
-        elif torch.compiler.is_compiling():
-            count = mask.sum()
-            torch._assert_async(count > 1, _TOO_FEW)  # a branch on data would break the graph
-            return count
-        else:
-            count = int(mask.sum())
-        if count < 2:
+        """How many tokens are real; raises where they are too few for statistics.
+
+        Of several ranks one may have none: the others would wait for it.
+        """
+        if mask is not None and not has_readable_values(mask):
+            real = mask.sum()
+            if torch.compiler.is_compiling():  # a branch on data would break the graph
+                enough = (real > 1) | (real == 0) if several_ranks() else real > 1
+                torch._assert_async(enough, _TOO_FEW)
+            return real
+        count = x.shape[0] if mask is None else int(mask.sum())
+        if count < 2 and not (count == 0 and several_ranks()):
             raise ValueError(
                 f"{_TOO_FEW}, got {count} of {x.shape[0]}; eval mode or query_norm='layer' take any number"
             )
@@ -141,14 +139,23 @@ class MaskedBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return  # gradient checkpointing repeats a forward pass that was counted
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        any_real = None
         if isinstance(count, Tensor):
+            if several_ranks() and not self.over_ranks:
+                any_real = count > 0
             count = count.to(var.dtype)  # a quotient of integers would be float32
         unbiased = var * (count / (count - 1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        self.num_batches_tracked.add_(1)
+        move_statistics(
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            mean.detach(),
+            unbiased.detach(),
+            self.momentum,
+            any_real,
+        )
 
 
 class WideLayerNorm(nn.LayerNorm):

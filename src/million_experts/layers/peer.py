@@ -14,7 +14,7 @@ from million_experts.layers.dense import DenseFeedForward
 from million_experts.layers.norm import MaskedBatchNorm, WideLayerNorm, several_ranks
 from million_experts.layers.retrieval import ProductKeyRetrieval, Routing
 from million_experts.layers.submodules import call, is_plain
-from million_experts.layers.tokens import blank_masked, flatten_tokens
+from million_experts.layers.tokens import blank_masked, flatten_tokens, has_readable_values
 from million_experts.ops import ACTIVATIONS, advise_huge_pages, expert_mlp, resolve_backend
 from million_experts.ops.library_layer import layer_inference
 
@@ -137,7 +137,9 @@ class PEER(ProductKeyRetrieval):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws every parameter anew, as the class's docstring derives."""
+        """Draws every parameter anew, as the class's docstring derives; on the meta device there are none."""
+        if self.experts.is_meta:
+            return
         self.reset_retrieval()
         # Row by row of the packed table, in place: no second table in memory.
         nn.init.normal_(self.experts, std=self.dim**-0.5)
@@ -285,7 +287,7 @@ def _require_a_real_token(mask: Tensor) -> None:
     message = "mask must leave at least one real token in training"
     if torch.compiler.is_compiling():
         torch._assert_async(mask.any(), message)  # a branch on data would break the graph
-    elif not mask.any():
+    elif has_readable_values(mask) and not mask.any():
         raise ValueError(f"{message}, got none of {mask.shape[0]}; eval mode gives zeros")
 
 

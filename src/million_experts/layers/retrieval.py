@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from million_experts._arguments import check_choice, check_positive, is_integer
 from million_experts._typing import Bool, Float
 from million_experts.layers.norm import MaskedBatchNorm, WideLayerNorm
-from million_experts.layers.submodules import call, is_plain
+from million_experts.layers.submodules import autocast_is_on, call, is_plain
 from million_experts.ops import product_key_topk, resolve_backend
 
 SCORES = ("softmax", "sigmoid", "relu")
@@ -166,6 +166,14 @@ class ProductKeyRetrieval(nn.Module):
             if isinstance(module, MaskedBatchNorm | nn.LayerNorm):
                 module.reset_parameters()
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        # How `SyncBatchNorm.convert_sync_batchnorm` would put a norm without a mask in place of ours.
+        own = self._modules.get(name)
+        if isinstance(module, nn.SyncBatchNorm) and isinstance(own, MaskedBatchNorm):
+            own.synchronise(module.process_group)
+        else:
+            super().add_module(name, module)
+
     def register_routing_hook(self, hook: RoutingHook) -> RemovableHandle:
         """Calls `hook(layer, routing)` after each retrieval, routing [T, H, k]; returns a handle.
 
@@ -223,7 +231,7 @@ class ProductKeyRetrieval(nn.Module):
     def _project(self, x: Tensor) -> Tensor:
         proj = self.query_proj
         plain = is_plain(proj, nn.Linear) and type(proj.weight) is nn.Parameter
-        if not plain or x.dtype == proj.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        if not plain or x.dtype == proj.weight.dtype or autocast_is_on(x):
             return call(proj, x)
         # Neither side is rounded: a layer in bfloat16 takes a float32 token as it is.
         wide = torch.promote_types(x.dtype, proj.weight.dtype)

@@ -23,9 +23,14 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def autocast_is_on(x: Tensor) -> bool:
+    """Whether autocast chooses the dtype of products of x; on the meta device there is none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def call(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), with x in the dtype that the module's weights have; under autocast PyTorch sees to that."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocast_is_on(x):
         dtypes = (p.dtype for p in module.parameters())
         x = x.to(next((dtype for dtype in dtypes if dtype in _COMPUTED_IN), x.dtype))
     return module(x)

@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from million_experts.ops.checks import check_tensors
 
@@ -33,3 +35,18 @@ def flatten_tokens(x: Tensor, mask: Tensor | None, dim: int) -> tuple[Tensor, Te
 def blank_masked(y: Tensor, mask: Tensor | None) -> Tensor:
     """y [T, D] with zeros for masked tokens, whose gradient is zero then, too."""
     return y if mask is None else torch.where(mask[:, None], y, 0)
+
+
+def has_readable_values(tensor: Tensor) -> bool:
+    """Whether a branch may ask for a tensor's values.
+
+    Not while a graph is traced, nor where there are none: on the meta device, in a fake tensor, and for the
+    single element that `torch.func.vmap` shows of a batch.
+    """
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    return not isinstance(tensor, FakeTensor)

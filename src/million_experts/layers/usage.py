@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from million_experts.layers.retrieval import ProductKeyRetrieval, Routing
+from million_experts.ops.statistics import repeats_a_forward_pass
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class ExpertUsage:
         self._handle = layer.register_routing_hook(self._add)
 
     def _add(self, layer: ProductKeyRetrieval, routing: Routing) -> None:
+        if repeats_a_forward_pass():
+            return
         with torch.no_grad():
             gates = routing.gates.detach().to("cpu", torch.float64)
             self.tokens += int((gates.flatten(1) != 0).any(1).sum())

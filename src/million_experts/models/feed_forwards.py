@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from million_experts._arguments import did_you_mean
 from million_experts.layers import (
@@ -112,7 +113,7 @@ def check_feed_forward(kind: str, dim: int, arguments: Mapping[str, Any]) -> Non
     The backend is left out: a configuration may be read on a machine that cannot run it.
     """
     arguments = {name: value for name, value in arguments.items() if name != "backend"}
-    with torch.device("meta"):
+    with unset_fake_temporarily(), torch.device("meta"):
         build_feed_forward(kind, dim, arguments)
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from million_experts.layers.tokens import has_readable_values
+
 # Of the float32 numbers at work at a time: a thread's shall stay in its core's cache, a GPU's keep it busy.
 _CHUNK_BYTES, _CHUNK_BYTES_GPU = 2**18, 2**28
 
@@ -44,7 +46,8 @@ def causal_language_model_loss(
         ValueError: as many labels as tokens are wanted, and, on a CPU, each of them in 0 ... V - 1.
         RuntimeError: double backward.
     """
-    if torch.compiler.is_compiling():  # a compiler fuses what a loop would hide from it
+    # A compiler fuses what a loop would hide from it; transforms of torch.func need operations they know.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return ForCausalLMLoss(
             logits,
             labels,
@@ -68,7 +71,9 @@ def _check_labels(logits: Tensor, targets: Tensor, vocab_size: int, ignore_index
         raise ValueError(
             f"labels must have one for each token of logits {list(logits.shape)}, got {targets.numel()}"
         )
-    if targets.device.type != "cpu":  # to look at them would wait for the device
+    if targets.device.type != "cpu" or not has_readable_values(
+        targets
+    ):  # to look at them would wait for the device
         return
     allowed = (targets == ignore_index) | (targets >= 0) & (targets < vocab_size)
     if not allowed.all():

@@ -8,6 +8,7 @@ the token to one number and *up*-projects that number back, the other way round 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from million_experts.layers import MemoryPlus, Routing
+from million_experts.layers import MaskedBatchNorm, MemoryPlus, Routing
 
 from .configuration import PeerConfig
 from .counting import describe
@@ -376,6 +377,16 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
             routing=outputs.routing,
             router_loss=outputs.router_loss,
         )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, which in training mode warns where what it reads would move statistics."""
+        if any(isinstance(module, MaskedBatchNorm) and module.training for module in self.modules()):
+            warnings.warn(
+                "generate() in training mode moves BatchNorm's running statistics, and what a row gives "
+                "depends on the rows beside it: call .eval() first",
+                stacklevel=2,
+            )
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"{describe(self)}\n{super().__repr__()}"

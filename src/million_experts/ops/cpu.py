@@ -138,24 +138,35 @@ _placed: set[tuple[int, int]] = set()
 def _place_on_huge_pages(table: Tensor) -> None:
     """Moves a large table that came from elsewhere, such as a checkpoint, onto huge pages; once for a table.
 
-    Memory that maps a file stays as it is: to move it would read the whole file.
+    Memory that maps a file stays as it is: to move it would read the whole file. So does memory that came
+    through a fork: this process would get a copy of it, and so would each of its siblings.
     """
     place = (table.data_ptr(), table.nbytes)
     if table.nbytes < HUGE_BYTES or place in _placed:
         return
     _placed.add(place)
-    if sys.platform == "linux" and _is_anonymous(table.data_ptr()):
+    if sys.platform == "linux" and _is_anonymous(*place):
         _kernels.collapse_to_huge_pages(table)
 
 
-def _is_anonymous(address: int) -> bool:
-    with open("/proc/self/maps") as maps:
-        for line in maps:
-            span, _, _, _, inode = line.split(maxsplit=5)[:5]
-            first, last = (int(end, 16) for end in span.split("-"))
-            if first <= address < last:
-                return inode == "0"
-    return False
+def _is_anonymous(address: int, size: int) -> bool:
+    """Whether memory maps no file, and no other process has a page of it; False where /proc does not say."""
+    found = False
+    try:
+        with open("/proc/self/smaps") as mappings:
+            for line in mappings:
+                key, *fields = line.split(maxsplit=5)
+                if not key.endswith(":"):
+                    first, last = (int(end, 16) for end in key.split("-"))
+                    ours = first < address + size and address < last
+                    found |= ours
+                    if ours and fields[3] != "0":
+                        return False
+                elif ours and key in ("Shared_Clean:", "Shared_Dirty:") and fields[0] != "0":
+                    return False
+    except OSError:
+        return False
+    return found
 
 
 def _large_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -22,56 +22,12 @@ from million_experts.ops.checks import (
     check_floating,
     check_range,
     check_shape,
-    check_stored,
-    check_tensors,
 )
 from million_experts.ops.reference import Visit, accumulation_dtype, spread
-
-LIBRARY = torch.library.Library("million_experts", "DEF")
+from million_experts.ops.registration import define, register_autograd
 
 #: Tables that are updated while their gradient comes, and what begins such an update: it returns the visitor.
 STEPS_IN_BACKWARD: MutableMapping[Tensor, Callable[[], Visit]] = WeakIdKeyDictionary()
-
-
-def define(name: str, schema: str, kernel, fake) -> None:
-    """Registers an operation: `kernel` computes it, `fake` gives its outputs' shapes."""
-    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    arguments = [argument.split() for argument in schema[1 : schema.index(")")].split(",")]
-    types = {names[0].split("=")[0]: type_ for type_, *names in arguments}
-    LIBRARY.impl(name, _guarded(kernel, types), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"million_experts::{name}", fake, lib=LIBRARY)
-
-
-def _guarded(kernel, types: dict[str, str]):
-    """The kernel, for tensors whose memory is there, and without autocast.
-
-    Autocast would narrow the sums that are promised in float32.
-    """
-
-    def run(first: Tensor, *others):
-        given = dict(zip(types, (first, *others), strict=False))
-        # PyTorch itself takes None for a tensor.
-        check_tensors(**{name: given[name] for name in given if types[name] == "Tensor"})
-        check_stored(**given)
-        device = first.device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
-            return kernel(first, *others)
-        with torch.autocast(device, enabled=False):
-            return kernel(first, *others)
-
-    return run
-
-
-def refuse_double_backward(name: str) -> None:
-    """Makes the second derivative of an operation an error; without it there would silently be none."""
-
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"{name} has no second derivative: double backward is not supported; "
-            "call backward without create_graph=True"
-        )
-
-    torch.library.register_autograd(f"million_experts::{name}_backward", backward, lib=LIBRARY)
 
 
 def _check_pool(indices: Tensor, mask: Tensor | None, num_experts: int) -> None:
@@ -135,10 +91,8 @@ def _topk_autograd(ctx, grad_scores, grad_indices):
     return *grads, None, None
 
 
-torch.library.register_autograd(
-    "million_experts::product_key_topk", _topk_autograd, setup_context=_topk_setup, lib=LIBRARY
-)
-refuse_double_backward("product_key_topk")
+register_autograd("product_key_topk", _topk_setup, _topk_autograd)
+register_autograd("product_key_topk_backward")
 
 
 def _mlp(
@@ -293,8 +247,6 @@ def _mlp_autograd(ctx, grad_y, grad_pre):
     return tuple(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad, strict=False))
 
 
-torch.library.register_autograd(
-    "million_experts::expert_mlp", _mlp_autograd, setup_context=_mlp_setup, lib=LIBRARY
-)
-refuse_double_backward("expert_mlp")
-refuse_double_backward("expert_mlp_touched")
+register_autograd("expert_mlp", _mlp_setup, _mlp_autograd)
+register_autograd("expert_mlp_backward")
+register_autograd("expert_mlp_touched_backward")

@@ -16,8 +16,8 @@ from million_experts.ops.checks import (
     check_norm,
     check_shape,
 )
-from million_experts.ops.library import LIBRARY, define, refuse_double_backward
 from million_experts.ops.reference import accumulation_dtype
+from million_experts.ops.registration import define, forward_mode_is_on, register_autograd
 
 
 def _norm(
@@ -88,10 +88,8 @@ def _norm_autograd(ctx, grad_y, grad_mean, grad_variance):
     return grad_x, None, grad_weight, grad_bias, None, None
 
 
-torch.library.register_autograd(
-    "million_experts::masked_batch_norm", _norm_autograd, setup_context=_norm_setup, lib=LIBRARY
-)
-refuse_double_backward("masked_batch_norm")
+register_autograd("masked_batch_norm", _norm_setup, _norm_autograd)
+register_autograd("masked_batch_norm_backward")
 
 
 def layer_inference(
@@ -119,6 +117,7 @@ def layer_inference(
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
+        or forward_mode_is_on()
         or type(x) is not Tensor
     )
     if watched:
@@ -177,3 +176,4 @@ define(
     _inference,
     _inference_fake,
 )
+register_autograd("layer_inference")
