@@ -93,8 +93,10 @@ class RowwiseAdamW(Optimizer):
 
         The result is that of `step()` after `backward()`, to the bit. `step()` is still to be called after
         every `backward()`: it does the other parameters. What needs the gradient is not possible any more:
-        accumulation over micro-batches, clipping by a norm that counts it, a scaler, exchange between
-        processes, or a look at it before it changes the weights.
+        accumulation over micro-batches, clipping by a norm that counts it, a `GradScaler`, exchange between
+        processes. A backward pass that is not asked for the table's gradient, or hands it out
+        (`torch.autograd.grad`), does not move the table; one whose gradient is not finite raises
+        FloatingPointError before it does.
 
         Args:
             layers: with `sparse_grad=True`; their tables are parameters of this optimiser.
@@ -105,6 +107,16 @@ class RowwiseAdamW(Optimizer):
         for layer in layers:
             self._find(layer.experts)
             self._in_backward.append((layer.experts, register(self, layer)))
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a GradScaler asks before it steps: here it learns that it came too late."""
+        if self._in_backward:
+            raise ValueError(
+                "fuse_into_backward and a GradScaler exclude each other: tables moved by gradients that were "
+                "still scaled. Leave one of them out"
+            )
+        return False
 
     def _find(self, p: Tensor) -> tuple[dict[str, Any], int]:
         """The group of a parameter, and its place among all."""
