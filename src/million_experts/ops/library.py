@@ -29,8 +29,8 @@ from million_experts.ops.reference import Visit, accumulation_dtype, spread
 
 LIBRARY = torch.library.Library("million_experts", "DEF")
 
-#: Tables that are updated while their gradient comes, and what begins such an update, given `grad_y` of the real
-#: tokens, gates and `pre`: it returns the visitor, or None if this backward pass does not add to their gradient.
+#: Tables that are updated while their gradient comes, and what begins such an update, given `grad_y` of real
+#: tokens, gates and `pre`: it returns the visitor, or None if this backward pass adds nothing to `grad`.
 STEPS_IN_BACKWARD: MutableMapping[Tensor, Callable[[Tensor, Tensor, Tensor], Visit | None]] = (
     WeakIdKeyDictionary()
 )
