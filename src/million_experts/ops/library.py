@@ -26,6 +26,7 @@ from million_experts.ops.checks import (
     check_tensors,
 )
 from million_experts.ops.reference import Visit, accumulation_dtype, spread
+from million_experts.ops.row_gradients import expect_row_gradient
 
 LIBRARY = torch.library.Library("million_experts", "DEF")
 
@@ -270,6 +271,8 @@ def _mlp_setup(ctx, inputs, output) -> None:
     x, indices, gates, experts, mask, ctx.activation, ctx.backend, ctx.sparse_grad = inputs
     # Looked up here: what comes back from saved tensors under checkpointing is another tensor.
     ctx.step = STEPS_IN_BACKWARD.get(experts) if ctx.sparse_grad else None
+    if ctx.sparse_grad and ctx.step is None and experts.requires_grad:
+        expect_row_gradient(experts)
     ctx.save_for_backward(x, indices, gates, experts, output[1], mask)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
