@@ -73,7 +73,7 @@ ROWS = [
     (made("last_step", lambda t: t[:-1]), r"last_step must have shape \[6\], got \[5\]"),
     (made("last_step", lambda t: t.tolist()), "last_step must be a dense tensor, got list"),
     (made("last_step", lambda t: t.to("meta")), "last_step must hold numbers, got a tensor on the meta"),
-    (emptied("last_step"), "last_step must have 24 bytes of storage, got 0"),
+    (emptied("last_step"), "last_step must lie in memory whole: it needs 24 bytes, its storage has 0"),
     (made("history", lambda t: t[:3]), r"history must have shape \[> 3, 3\], got \[3, 3\]"),
     (made("history", lambda t: t[:, :2].contiguous()), r"history must have shape \[> 3, 3\], got"),
     (made("history", lambda t: t.float()), "history must be float64"),
@@ -82,7 +82,7 @@ ROWS = [
     (row_of("history", 3, -math.inf), "history must be finite numbers that never rise"),
     (row_of("history", 3, 0.0), "history must be finite numbers that never rise"),
     (row_of("history", 0, 1.0), "history must be finite numbers that never rise"),
-    (emptied("history"), "history must have 6144 bytes of storage, got 0"),
+    (emptied("history"), "history must lie in memory whole: it needs 6144 bytes, its storage has 0"),
     (put(step=torch.tensor(-1.0)), "step must be a whole number from 0 to 16777216, got -1.0"),
     (put(step=torch.tensor(math.nan)), "step must be a whole number .* got nan"),
     (put(step=torch.tensor(math.inf)), "step must be a whole number .* got inf"),
@@ -95,14 +95,14 @@ ROWS = [
     (made("exp_avg", lambda t: t.half()), "exp_avg must be float32 or bfloat16"),
     (made("exp_avg", lambda t: t.t().contiguous()), r"exp_avg must have shape \[6, 4\], got \[4, 6\]"),
     (made("exp_avg", lambda t: t.to_sparse()), "exp_avg must be a dense tensor, got torch.sparse_coo"),
-    (emptied("exp_avg"), "exp_avg must have 96 bytes of storage, got 0"),
+    (emptied("exp_avg"), "exp_avg must lie in memory whole: it needs 96 bytes, its storage has 0"),
     (made("exp_avg_sq", lambda t: t.bfloat16()), "exp_avg_sq must be float32"),
     (
         made("exp_avg_sq", lambda t: t[:, :3].contiguous()),
         r"exp_avg_sq must have shape \[6, 4\], got \[6, 3\]",
     ),
     (made("exp_avg_sq", lambda t: t[0, 0]), r"exp_avg_sq must have shape \[6\], got \[\]"),
-    (emptied("exp_avg_sq"), "exp_avg_sq must have 96 bytes of storage, got 0"),
+    (emptied("exp_avg_sq"), "exp_avg_sq must lie in memory whole: it needs 96 bytes, its storage has 0"),
     *[
         (lambda state, name=name: state.pop(name), f"must have .*, got no {name}")
         for name in ("step", "exp_avg_sq", "last_step", "history")
@@ -114,7 +114,7 @@ DENSE = [
     (made("exp_avg_sq", lambda t: t.mean(-1)), r"exp_avg_sq must have shape \[6, 4\], got \[6\]"),
     (made("exp_avg", lambda t: t.long()), "exp_avg must be floating-point .* got torch.int64"),
     (made("exp_avg_sq", lambda t: t.to(torch.complex64)), "exp_avg_sq must be floating-point"),
-    (emptied("exp_avg"), "exp_avg must have 96 bytes of storage, got 0"),
+    (emptied("exp_avg"), "exp_avg must lie in memory whole: it needs 96 bytes, its storage has 0"),
     (made("exp_avg", lambda t: t.to("meta")), "exp_avg must hold numbers, got a tensor on the meta"),
     (put(step=-3), "step must be a whole number .* got -3"),
     (put(step=torch.tensor(math.nan)), "step must be a whole number .* got nan"),
@@ -158,13 +158,13 @@ def test_a_state_that_was_altered_by_hand_is_refused_at_a_step(kind, change, mes
         return  # torch's own count, which addresses nothing
     p.grad = rows_gradient(p, tuple(range(N))) if gradient == "rows" else torch.ones(N, D)
     held = p.detach().clone()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, BufferError), match=message):
         optimizer.step()
     if kind == "rows" and "first moment" not in message:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, BufferError), match=message):
             optimizer.flush()
     if gradient == "rows":
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, BufferError), match=message):
             optimizer.begin_step(p)
     assert torch.equal(p, held)
 

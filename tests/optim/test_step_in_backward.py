@@ -199,8 +199,7 @@ def test_a_frozen_table_does_not_move(backend):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_recomputation_moves_the_table_once(checkpointed, backend):
-    layer, optimizer = fused(backend)
-    layer.query_norm = torch.nn.Identity()
+    layer, optimizer = fused(backend, query_norm="none")
     x = batches(1)[0].requires_grad_()
     y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=checkpointed)
     y.square().sum().backward()

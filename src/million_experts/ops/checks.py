@@ -160,26 +160,15 @@ def check_norm(x: Tensor, mask: Tensor | None, **per_channel: Tensor) -> None:
 
 
 def check_row_state(
-    table: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor,
-    last_step: Tensor,
-    history: Tensor,
-    step: int,
-    rows: Tensor | None = None,
+    table: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor, last_step: Tensor, history: Tensor, step: int
 ) -> None:
-    """What the kernel of `rowwise_adamw` reads and writes.
+    """What the kernel of `rowwise_adamw` writes to.
 
-    A state may come from another table's checkpoint, from before its table changed dtype, or from a stranger:
-    its sizes, types and steps are then not what the table's say.
-
-    Args:
-        rows: int64, those that are updated; None for all.
+    A state may come from another table's checkpoint, or from before its table changed dtype: its sizes and
+    types are then not what the table's say.
 
     Raises:
-        ValueError: a tensor of the state does not fit the table, or the last step of a row is none of 0 ...
-            `step`; the message names it.
-        IndexError: a row is not one of the table's.
+        ValueError: a tensor of the state does not fit the table; the message names it.
     """
     wide = torch.float64 if table.dtype == torch.float64 else torch.float32
     momenta = (wide,) if wide == torch.float64 else (wide, torch.bfloat16)
@@ -198,39 +187,5 @@ def check_row_state(
         check_shape("exp_avg", exp_avg, table.shape)
     check_shape("exp_avg_sq", exp_avg_sq, table.shape if exp_avg_sq.dim() == 3 else table.shape[:2])
     check_shape("last_step", last_step, table.shape[:1])
-    check_length(history, step)
-    check_memory(table=table, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, last_step=last_step, history=history)
-    if rows is not None:
-        check_range("rows", rows, len(table), "the rows of the table")
-    check_last_step(last_step, step, rows)
-
-
-def check_length(history: Tensor, step: int) -> None:
-    """Raises ValueError unless the factors of `step` steps have room."""
     if history.dim() != 2 or history.shape[0] <= step or history.shape[1] != 3:
         raise ValueError(f"history must have shape [> {step}, 3], got {list(history.shape)}")
-
-
-def check_memory(**tensors: Tensor | None) -> None:
-    """Raises ValueError that names the first tensor whose storage was taken away or made smaller."""
-    for name, tensor in tensors.items():
-        if tensor is None or tensor.is_meta or tensor.numel() == 0:
-            continue
-        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-        needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
-        if tensor.untyped_storage().nbytes() < needed:
-            raise ValueError(
-                f"{name} must have {needed} bytes of storage, got {tensor.untyped_storage().nbytes()}"
-            )
-
-
-def check_last_step(last_step: Tensor, step: int, rows: Tensor | None = None) -> None:
-    """Raises ValueError unless the last step of the rows, or of all, lies in 0 ... `step`."""
-    # To read all numbers in order is quicker than to gather more than a few of them.
-    if rows is not None and len(rows) * 16 < len(last_step):
-        last_step = last_step[rows]
-    if last_step.numel() == 0:
-        return
-    low, high = (int(v) for v in torch.aminmax(last_step))
-    if low < 0 or high > step:
-        raise ValueError(f"last_step must lie in 0 ... {step}, got values from {low} to {high}")

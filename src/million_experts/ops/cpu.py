@@ -456,7 +456,7 @@ def rowwise_adamw(
     """See `reference_rowwise.rowwise_adamw`; the tensors that it changes must be contiguous."""
     changed = (table, exp_avg, exp_avg_sq, last_step, history)
     assert all(t is None or t.is_contiguous() for t in changed), "what is changed in place must be contiguous"
-    check_row_state(*changed, step, rows)
+    check_row_state(*changed, step)
     if values is not None:
         check_shape("values", values, (len(values), *table.shape[1:]))
     if values is not None and values.dtype not in (table.dtype, exp_avg_sq.dtype):

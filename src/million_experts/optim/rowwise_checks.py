@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from million_experts._arguments import check_choice, is_integer
-from million_experts.ops.checks import DTYPES, check_length, check_memory, check_row_state, check_shape
+from million_experts.ops.checks import DTYPES, check_row_state, check_shape, check_stored
 from million_experts.optim.row_state import TENSORS, has_rows, of_rows
 
 SECOND_MOMENTS = ("element", "row")
@@ -107,14 +107,17 @@ def check_state(p: Tensor, state: dict[str, Any], rows: Tensor | None = None) ->
     for name, tensor in tensors.items():
         if tensor.device != p.device:
             raise ValueError(f"{name} must be on the parameter's device, {p.device}, got {tensor.device}")
-        if type(tensor) is Tensor:
-            check_memory(**{name: tensor})
+        if type(tensor) is Tensor and not tensor.is_meta:
+            check_stored(**{name: tensor})
     if not has_rows(state):
         return
     for name, tensor in {"the table": p, **tensors}.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    check_row_state(*of_rows(p, state), state["last_step"], state["history"], check_step(state["step"]), rows)
+    step = check_step(state["step"])
+    check_row_state(*of_rows(p, state), state["last_step"], state["history"], step)
+    if not p.is_meta:
+        check_last_step(state["last_step"], step, rows)
 
 
 def check_shapes(p: Tensor, state: dict[str, Any]) -> None:
@@ -164,9 +167,22 @@ def check_step(step: Any, most: float = MOST_STEPS) -> int:
     return int(step)
 
 
+def check_last_step(last_step: Tensor, step: int, rows: Tensor | None = None) -> None:
+    """The last steps of the rows, or of all."""
+    # To read all numbers in order is quicker than to gather more than a few of them.
+    if rows is not None and len(rows) * 16 < len(last_step):
+        last_step = last_step[rows]
+    if last_step.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(last_step))
+    if low < 0 or high > step:
+        raise ValueError(f"last_step must lie in 0 ... {step}, got values from {low} to {high}")
+
+
 def check_history(history: Tensor, step: int) -> None:
     """The factors of the steps so far: sums of logarithms of numbers up to 1."""
-    check_length(history, step)
+    if history.dim() != 2 or len(history) <= step:
+        raise ValueError(f"history must have shape [> {step}, 3], got {list(history.shape)}")
     done = history[: step + 1]
     if not (done.isfinite().all() and (done <= 0).all() and (done.diff(dim=0) <= 0).all()):
         raise ValueError(f"history must be finite numbers that never rise, from 0 on, up to step {step}")

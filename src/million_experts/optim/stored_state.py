@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from million_experts.ops.checks import check_last_step, check_memory
+from million_experts.ops.checks import check_stored
 from million_experts.optim.row_state import TENSORS, has_rows
 from million_experts.optim.rowwise_checks import (
     check_history,
+    check_last_step,
     check_momentum,
     check_options,
     check_shapes,
@@ -42,7 +43,7 @@ def fitted_states(
                 continue
             try:
                 found[p] = _fitted(p, state, options)
-            except ValueError as error:
+            except (ValueError, BufferError) as error:
                 raise ValueError(
                     f"the state of parameter {index}, of shape {list(p.shape)}, does not fit: {error}"
                 ) from None
@@ -85,7 +86,7 @@ def _placed(name: str, value: Any, p: Tensor) -> Any:
 def _readable(name: str, value: Tensor) -> Tensor:
     if value.is_meta:
         raise ValueError(f"{name} must hold numbers, got a tensor on the meta device")
-    check_memory(**{name: value})
+    check_stored(**{name: value})
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise ValueError(f"{name} must have memory for each of its numbers, got strides {value.stride()}")
     return value
