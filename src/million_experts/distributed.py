@@ -38,8 +38,12 @@ def take_tables_from_ddp(model: nn.Module, group: Group = None) -> int:
     """
     ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     tables = dict(_row_tables(model))
-    # DDP calls a parameter of the model itself "experts" in one place and ".experts" in another.
-    names = {*tables, *(f".{name}" for name in tables if "." not in name)}
+    own = {id(table) for table in tables.values()}
+    # DDP asks for a shared parameter by each of its names.
+    every_name = model.named_parameters(remove_duplicate=False)
+    names = {name for name, parameter in every_name if id(parameter) in own}
+    # It calls a parameter of the model itself "experts" in one place and ".experts" in another.
+    names |= {f".{name}" for name in names if "." not in name}
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored | names))
     for table in tables.values():
         dist.broadcast(table.detach(), group_src=0, group=group)

@@ -150,3 +150,107 @@ def test_copies_of_a_layer_and_of_an_optimiser_step_for_themselves():
     twin(batches(1)[0]).sum().backward()
     assert twin.experts.grad.is_sparse
     copy.deepcopy(optimizer).step()
+
+
+def fused(backend, **settings):
+    layer = make_layer(backend=backend, **settings)
+    optimizer = make_optimizer(layer)
+    optimizer.fuse_into_backward(layer)
+    return layer, optimizer
+
+
+def test_only_a_backward_pass_that_is_asked_for_the_gradient_moves_the_table(backend):
+    layer, optimizer = fused(backend)
+    x = batches(1)[0].requires_grad_()
+    twin = copy.deepcopy(layer)  # whose gradients are kept
+    twin(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    held = layer.experts.detach().clone()
+    loss = layer(x).square().sum()
+
+    (grad_x,) = torch.autograd.grad(loss, [x], retain_graph=True)
+    assert torch.equal(grad_x, expected)
+    loss.backward(inputs=[x, layer.keys1], retain_graph=True)
+    assert torch.equal(x.grad, expected)
+    grad_x, of_table = torch.autograd.grad(loss, [x, layer.experts], retain_graph=True)
+    assert torch.equal(grad_x, expected)
+    assert torch.equal(of_table.to_dense(), twin.experts.grad.to_dense()), "handed out, not used up"
+    layer.experts.requires_grad_(False)  # frozen between forward and backward
+    loss.backward(retain_graph=True)
+    layer.experts.requires_grad_(True)
+    assert torch.equal(layer.experts, held)
+    assert layer.experts.grad is None
+    assert not optimizer.state
+
+    loss.backward(inputs=[layer.experts])
+    assert not torch.equal(layer.experts, held)
+    assert layer.experts.grad is None
+    optimizer.step()
+
+
+def test_a_frozen_table_does_not_move(backend):
+    layer, optimizer = fused(backend)
+    layer.experts.requires_grad_(False)
+    held = layer.experts.detach().clone()
+    layer(batches(1)[0]).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.experts, held)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_recomputation_moves_the_table_once(checkpointed, backend):
+    layer, optimizer = fused(backend, query_norm="none")
+    x = batches(1)[0].requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=checkpointed)
+    y.square().sum().backward()
+    optimizer.step()
+    assert optimizer.state[layer.experts]["step"] == 1
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("of", ["gradient", "token"])
+def test_a_gradient_that_is_not_finite_does_not_move_the_table(of, value, backend):
+    layer, optimizer = fused(backend)
+    held = layer.experts.detach().clone()
+    x = batches(1)[0]
+    gradient = torch.ones_like(x)
+    (gradient if of == "gradient" else x)[3, 5] = value
+    with pytest.raises(FloatingPointError, match=r"not finite.*leave fuse_into_backward out"):
+        layer.eval()(x).backward(gradient)
+    assert torch.equal(layer.experts, held)
+    assert not optimizer.state
+    mask = torch.arange(12) != 3
+    layer.zero_grad()
+    x[3, 5] = value
+    layer(x, mask=mask).backward(gradient)  # it stood in a masked token
+    optimizer.step()
+    assert layer.experts.isfinite().all()
+    assert not torch.equal(layer.experts, held)
+
+
+def test_a_float16_table_that_alone_overflows_stays_finite(backend):
+    layer, _ = fused(backend)
+    layer.experts.data = layer.experts.data.half()
+    with pytest.raises(FloatingPointError, match="not finite"):
+        (layer(batches(1)[0]) * 2.0**24).sum().backward()
+    assert layer.experts.isfinite().all()
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_a_scaler_is_refused(clips, backend):
+    layer, optimizer = fused(backend)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(layer(batches(1)[0]).square().sum()).backward()
+    if clips:
+        scaler.unscale_(optimizer)
+    with pytest.raises(ValueError, match="fuse_into_backward and a GradScaler exclude each other"):
+        scaler.step(optimizer)
+    assert layer.experts.isfinite().all()
+    idle = torch.amp.GradScaler("cpu", enabled=False)
+    idle.step(optimizer)
+    separate = make_layer(backend=backend)
+    kept = make_optimizer(separate)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(separate(batches(1)[0]).square().sum()).backward()
+    scaler.step(kept)
+    assert kept.state[separate.experts]["step"] == 1

@@ -11,6 +11,7 @@ from million_experts.layers.retrieval import ProductKeyRetrieval, Routing
 from million_experts.layers.submodules import call
 from million_experts.layers.tokens import blank_masked, flatten_tokens
 from million_experts.ops import advise_huge_pages
+from million_experts.ops.row_gradients import expect_row_gradient
 
 
 class _Memory(ProductKeyRetrieval):
@@ -88,6 +89,8 @@ class _Memory(ProductKeyRetrieval):
         )
 
     def _bag(self, indices: Tensor, gates: Tensor) -> Tensor:
+        if self.sparse_grad and self.values.requires_grad and torch.is_grad_enabled():
+            expect_row_gradient(self.values)
         return F.embedding_bag(
             indices, self.values, per_sample_weights=gates, mode="sum", sparse=self.sparse_grad
         )

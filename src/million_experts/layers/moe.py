@@ -82,9 +82,8 @@ class MixtureOfExperts(nn.Module):
             for expert, x_ND in enumerate(x_TD[tokens_P].split(counts))
             if len(x_ND) > 0
         ]
-        if not parts:
-            return x_TD * 0
-        out_PD = torch.cat(parts)
+        # Without a real token one expert computes nothing: of several ranks each has to reach all parameters.
+        out_PD = torch.cat(parts) if parts else self._expert(x_TD[:0], *(w[0] for w in weights))
         out_PD = out_PD * gates_TK.flatten()[pairs_P, None].to(out_PD.dtype)
         return out_PD.new_zeros(x_TD.shape).index_add(0, tokens_P, out_PD)
 
@@ -280,8 +279,6 @@ class ExpertChoiceMoE(MixtureOfExperts):
 
     def _experts_choose(self, x_TD: Tensor, scores_TE: Tensor, mask_T: Tensor | None) -> Tensor:
         real = len(x_TD) if mask_T is None else int(mask_T.sum())
-        if real == 0:
-            return x_TD * 0
         capacity = math.ceil(real * self.capacity_factor / self.num_experts)
         if mask_T is not None:
             scores_TE = torch.where(mask_T[:, None], scores_TE, -1)  # below every probability

@@ -32,6 +32,7 @@ from .configuration import PeerConfig
 from .counting import describe
 from .feed_forwards import FEED_FORWARDS, build_feed_forward
 from .loss import causal_language_model_loss
+from .placement import check_places
 
 __all__ = ["PeerCausalLMOutput", "PeerForCausalLM", "PeerModel", "PeerModelOutput", "PeerPreTrainedModel"]
 
@@ -163,6 +164,13 @@ class PeerPreTrainedModel(PreTrainedModel):
         # For classes outside its own tree, transformers passes over a module whose own tensors are all
         # loaded. A feed-forward also has to hear of its children's, whose initialisation it derives.
         super()._initialize_weights(module, is_custom_code and not _is_feed_forward(module))
+
+    def _move_missing_keys_from_meta_to_device(
+        self, missing_keys: list[str], device_map: dict[str, Any] | None, *others: Any
+    ) -> None:
+        # Here transformers has the map, and has not yet sent anything where it does not find it again.
+        check_places(self.all_tied_weights_keys, device_map or {})
+        super()._move_missing_keys_from_meta_to_device(missing_keys, device_map, *others)
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         # On the meta device tied parameters are one object. transformers marks those that will be tied as
@@ -430,7 +438,8 @@ def _scale_output(feed_forward: Any) -> None:
 
 def _initialise_missing(feed_forward: Any) -> None:
     """Draw those tensors of a feed-forward that were not loaded; transformers marks the ones that were."""
-    tensors = [*feed_forward.parameters(), *feed_forward.buffers()]
+    # What is on the meta device has nothing to draw: there are no weights yet, or they stay in a file.
+    tensors = [t for t in (*feed_forward.parameters(), *feed_forward.buffers()) if not t.is_meta]
     loaded = [t for t in tensors if getattr(t, "_is_hf_initialized", False)]
     if len(loaded) == len(tensors):
         return

@@ -25,9 +25,13 @@ from million_experts.ops.checks import (
 )
 from million_experts.ops.reference import Visit, accumulation_dtype, spread
 from million_experts.ops.registration import define, register_autograd
+from million_experts.ops.row_gradients import expect_row_gradient
 
-#: Tables that are updated while their gradient comes, and what begins such an update: it returns the visitor.
-STEPS_IN_BACKWARD: MutableMapping[Tensor, Callable[[], Visit]] = WeakIdKeyDictionary()
+#: Tables that are updated while their gradient comes, and what begins such an update, given `grad_y` of real
+#: tokens, gates and `pre`: it returns the visitor, or None if this backward pass adds nothing to `grad`.
+STEPS_IN_BACKWARD: MutableMapping[Tensor, Callable[[Tensor, Tensor, Tensor], Visit | None]] = (
+    WeakIdKeyDictionary()
+)
 
 
 def _check_pool(indices: Tensor, mask: Tensor | None, num_experts: int) -> None:
@@ -219,6 +223,10 @@ define(
 
 def _mlp_setup(ctx, inputs, output) -> None:
     x, indices, gates, experts, mask, ctx.activation, ctx.backend, ctx.sparse_grad = inputs
+    # Looked up here: what comes back from saved tensors under checkpointing is another tensor.
+    ctx.step = STEPS_IN_BACKWARD.get(experts) if ctx.sparse_grad else None
+    if ctx.sparse_grad and ctx.step is None and experts.requires_grad:
+        expect_row_gradient(experts)
     ctx.save_for_backward(x, indices, gates, experts, output[1], mask)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -231,9 +239,11 @@ def _mlp_autograd(ctx, grad_y, grad_pre):
     x, indices, gates, experts, pre, mask = ctx.saved_tensors
     ops = torch.ops.million_experts
     arguments = (grad_y, x, indices, gates, experts, pre, mask, ctx.activation)
-    step = STEPS_IN_BACKWARD.get(experts) if ctx.sparse_grad and needs[2] else None
-    if step is not None:
-        grad_x, grad_gates, _, _ = _mlp_backward_touched(*arguments, needs[:2], ctx.backend, step())
+    visit = None
+    if ctx.step is not None and needs[2]:
+        visit = ctx.step(grad_y if mask is None else grad_y[mask], gates, pre)
+    if visit is not None:
+        grad_x, grad_gates, _, _ = _mlp_backward_touched(*arguments, needs[:2], ctx.backend, visit)
         grad_experts = None
     elif ctx.sparse_grad and needs[2]:
         grad_x, grad_gates, rows, values = ops.expert_mlp_touched_backward(*arguments, needs[:2], ctx.backend)

@@ -17,6 +17,9 @@ from million_experts.ops.backends import advise_huge_pages
 _LEAST_LOGARITHM = -800.0
 _FIRST_HISTORY = 256
 
+#: What a state holds beside the count of steps.
+TENSORS = ("exp_avg", "exp_avg_sq", "last_step", "history")
+
 
 def _zeros(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that take memory only where they are written to: those of torch are written at once."""
@@ -82,8 +85,23 @@ def merge_rows(rows: Tensor, N: int) -> tuple[Tensor, Tensor | None, Tensor | No
     return distinct, places, torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def moved(name: str, value: Any, p: Any) -> Any:
-    """A tensor of a loaded state on its parameter's device; the count of steps stays where it is."""
-    if not isinstance(value, Tensor) or not isinstance(p, Tensor) or name == "step":
-        return value
-    return value.to(p.device)
+def has_rows(state: dict[str, Any]) -> bool:
+    """Whether a state is of rows; otherwise it is that of torch's AdamW, or empty."""
+    return "last_step" in state or "history" in state
+
+
+def of_rows(p: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Table and moments as [N, R, D]; the second [N, R] where it is one number for the last dimension.
+
+    The first is None where none is kept.
+    """
+    D = p.shape[-1] if p.dim() > 1 else 1
+    R = math.prod(p.shape[1:]) // D if D else 0
+    squares = state["exp_avg_sq"]
+    by_row = p.dim() > 1 and squares.dim() < p.dim()
+    shape = len(p), R, D
+    return (
+        p.detach().view(shape),
+        state["exp_avg"].view(shape) if "exp_avg" in state else None,
+        squares.view(shape[:2] if by_row else shape),
+    )

@@ -1,8 +1,6 @@
 """AdamW whose step costs the rows touched."""
 
-import math
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -10,18 +8,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from million_experts._arguments import check_choice, is_integer
 from million_experts.layers import PEER
 from million_experts.ops.backends import implementation, resolve_backend
-from million_experts.ops.checks import check_row_state, check_shape
 from million_experts.ops.reference import Visit
 from million_experts.ops.reference_rowwise import mix64
-from million_experts.optim.row_state import merge_rows, moved, record, start_rows
+from million_experts.optim.row_state import has_rows, merge_rows, of_rows, record, start_rows
+from million_experts.optim.rowwise_checks import (
+    check_dense,
+    check_form,
+    check_options,
+    check_state,
+    check_table,
+    is_sparse,
+)
 from million_experts.optim.step_in_backward import StepInBackward, register
-
-SECOND_MOMENTS = ("element", "row")
-MOMENTUM_DTYPES = (None, torch.bfloat16)
-_TABLE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from million_experts.optim.stored_state import fitted_states
 
 
 class RowwiseAdamW(Optimizer):
@@ -92,8 +93,10 @@ class RowwiseAdamW(Optimizer):
 
         The result is that of `step()` after `backward()`, to the bit. `step()` is still to be called after
         every `backward()`: it does the other parameters. What needs the gradient is not possible any more:
-        accumulation over micro-batches, clipping by a norm that counts it, a scaler, exchange between
-        processes, or a look at it before it changes the weights.
+        accumulation over micro-batches, clipping by a norm that counts it, a `GradScaler`, exchange between
+        processes. A backward pass that is not asked for the table's gradient, or hands it out
+        (`torch.autograd.grad`), does not move the table; one whose gradient is not finite raises
+        FloatingPointError before it does.
 
         Args:
             layers: with `sparse_grad=True`; their tables are parameters of this optimiser.
@@ -104,6 +107,16 @@ class RowwiseAdamW(Optimizer):
         for layer in layers:
             self._find(layer.experts)
             self._in_backward.append((layer.experts, register(self, layer)))
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a GradScaler asks before it steps: here it learns that it came too late."""
+        if self._in_backward:
+            raise ValueError(
+                "fuse_into_backward and a GradScaler exclude each other: tables moved by gradients that were "
+                "still scaled. Leave one of them out"
+            )
+        return False
 
     def _find(self, p: Tensor) -> tuple[dict[str, Any], int]:
         """The group of a parameter, and its place among all."""
@@ -122,7 +135,7 @@ class RowwiseAdamW(Optimizer):
         Meant for the backward pass, see `fuse_into_backward`. Each row must come once. Raises as `step` does.
         """
         group, index = self._find(p)
-        _check_table(p, self.state.get(p, {}), group)
+        check_table(p, self.state.get(p, {}), group)
         step = self._next_step(p, group)
 
         def visit(rows: Tensor, values: Tensor) -> None:
@@ -137,7 +150,7 @@ class RowwiseAdamW(Optimizer):
         Raises:
             ValueError: an option of the group is out of its range.
         """
-        _check_options(self.defaults | param_group)
+        check_options(self.defaults | param_group)
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -150,22 +163,20 @@ class RowwiseAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `torch.optim.Optimizer.load_state_dict`; the state keeps its dtypes.
 
-        torch's own casts every tensor to the parameter's dtype, which would ruin float32 moments and the
-        counters of a bfloat16 table.
+        States of torch's AdamW are taken, too.
+
+        Raises:
+            ValueError: a state that does not fit its parameter: shapes, dtypes, steps that a row or the
+                parameter cannot have taken, something missing. Nothing has changed then.
         """
-        saved: dict[str, Any] = {}
+        fitted: dict[Any, dict[str, Any]] = {}
 
         def take_state(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            saved.update(loaded)
+            fitted.update(fitted_states(self.param_groups, self.defaults, loaded))
             return loaded | {"state": {}}
 
         def put_state(_: Optimizer) -> None:
-            indices = chain.from_iterable(group["params"] for group in saved["param_groups"])
-            params = chain.from_iterable(group["params"] for group in self.param_groups)
-            by_index = dict(zip(indices, params, strict=True))
-            for index, state in saved["state"].items():
-                p = by_index.get(index, index)
-                self.state[p] = {name: moved(name, value, p) for name, value in state.items()}
+            self.state.update(fitted)
 
         before = self.register_load_state_dict_pre_hook(take_state)
         after = self.register_load_state_dict_post_hook(put_state, prepend=True)
@@ -193,13 +204,18 @@ class RowwiseAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        merged: dict[Tensor, tuple[Tensor, Tensor | None, Tensor | None]] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and _is_sparse(p.grad):
-                    _check_form(p.grad)
-                    _check_table(p, self.state.get(p, {}), group)
-                elif p.grad is not None:
-                    _check_dense(p, self.state.get(p, {}))
+                if p.grad is None:
+                    continue
+                state = self.state.get(p, {})
+                if is_sparse(p.grad):
+                    check_form(p.grad)
+                    merged[p] = merge_rows(p.grad._indices()[0], len(p))
+                    check_table(p, state, group, merged[p][0])
+                else:
+                    check_dense(p, state)
         for p, in_backward in self._in_backward:
             if p.grad is not None:
                 raise ValueError("a gradient came for a table that steps in backward: what made it?")
@@ -208,8 +224,8 @@ class RowwiseAdamW(Optimizer):
         for group in self.param_groups:
             dense = []
             for p in group["params"]:
-                if p.grad is not None and _is_sparse(p.grad):
-                    self._sparse_step(p, group, index)
+                if p.grad is not None and is_sparse(p.grad):
+                    self._sparse_step(p, group, index, *merged.pop(p))
                 elif p.grad is not None:
                     self._forget_rows(p, group, index)
                     dense.append(p)
@@ -223,7 +239,9 @@ class RowwiseAdamW(Optimizer):
         index = 0
         for group in self.param_groups:
             for p in group["params"]:
-                if "last_step" in self.state.get(p, {}):
+                state = self.state.get(p, {})
+                if has_rows(state):
+                    check_state(p, state)
                     self._flush(p, group, index)
                 index += 1
 
@@ -234,7 +252,7 @@ class RowwiseAdamW(Optimizer):
 
     def _forget_rows(self, p: Tensor, group: dict[str, Any], index: int) -> None:
         """A state of rows becomes that of torch's AdamW."""
-        if "last_step" in self.state.get(p, {}):
+        if has_rows(self.state.get(p, {})):
             self._flush(p, group, index)
             del self.state[p]["last_step"], self.state[p]["history"]
             if "exp_avg" not in self.state[p]:  # beta1 was 0: nothing of it would count
@@ -248,39 +266,50 @@ class RowwiseAdamW(Optimizer):
                     "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
                     "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
                 }
-        if not params:
-            return
-        states = [self.state[p] for p in params]
-        beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            [p.grad for p in params if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            has_complex=any(torch.is_complex(p) for p in params),
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-            fused=all(p.device.type == "cpu" and p.is_floating_point() for p in params) or None,
-        )
+            for name in ("exp_avg", "exp_avg_sq"):  # as torch does on loading, for parameters of other dtypes
+                self.state[p][name] = self.state[p][name].to(p.dtype)
+        one_pass = [p for p in params if _in_one_pass(p, self.state[p])]
+        others = [p for p in params if not _in_one_pass(p, self.state[p])]
+        for some, fused in ((one_pass, True), (others, None)):
+            if not some:
+                continue
+            states = [self.state[p] for p in some]
+            beta1, beta2 = group["betas"]
+            adamw(
+                some,
+                [p.grad for p in some if p.grad is not None],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                has_complex=any(torch.is_complex(p) for p in some),
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                fused=fused,
+            )
 
-    def _sparse_step(self, p: Tensor, group: dict[str, Any], index: int) -> None:
-        grad = p.grad
-        assert grad is not None
-        rows, places, starts = merge_rows(grad._indices()[0], len(p))
+    def _sparse_step(
+        self,
+        p: Tensor,
+        group: dict[str, Any],
+        index: int,
+        rows: Tensor,
+        places: Tensor | None,
+        starts: Tensor | None,
+    ) -> None:
+        assert p.grad is not None
         step = self._next_step(p, group)
         if len(rows):
-            self._run(p, group, index, step, rows, grad._values(), places, starts)
+            self._run(p, group, index, step, rows, p.grad._values(), places, starts)
 
     def _next_step(self, p: Tensor, group: dict[str, Any]) -> int:
         state = self.state[p]
-        if "last_step" not in state:
+        if not has_rows(state):
             start_rows(p, state, group)
         state["step"] += 1
         step = int(state["step"])
@@ -299,9 +328,8 @@ class RowwiseAdamW(Optimizer):
         starts: Tensor | None,
     ) -> None:
         state = self.state[p]
-        table, exp_avg, exp_avg_sq = _of_rows(p, state)
-        whole = all(t is None or t.is_contiguous() for t in (table, exp_avg, exp_avg_sq))
-        backend = resolve_backend("auto", p.device.type) if whole else "reference"
+        table, exp_avg, exp_avg_sq = of_rows(p, state)
+        backend = resolve_backend("auto", p.device.type)
         key = mix64(mix64(mix64(group["seed"] % 2**64) ^ step) ^ index)
         implementation(backend).rowwise_adamw(
             table,
@@ -324,81 +352,15 @@ class RowwiseAdamW(Optimizer):
         torch.autograd.graph.increment_version(p)
 
 
-def _of_rows(p: Tensor, state: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Table and moments as [N, R, D]; the second [N, R] where it is one number for the last dimension.
+def _in_one_pass(p: Tensor, state: dict[str, Any]) -> bool:
+    """Whether torch's fused AdamW is right for a parameter: it reads all tensors in the order of memory.
 
-    The first is None where none is kept.
+    A gradient that a user assigns may be laid out otherwise, or repeat one number.
     """
-    D = p.shape[-1] if p.dim() > 1 else 1
-    R = math.prod(p.shape[1:]) // D if D else 0
-    squares = state["exp_avg_sq"]
-    by_row = p.dim() > 1 and squares.dim() < p.dim()
-    shape = len(p), R, D
-    return (
-        p.detach().view(shape),
-        state["exp_avg"].view(shape) if "exp_avg" in state else None,
-        squares.view(shape[:2] if by_row else shape),
-    )
-
-
-def _is_sparse(grad: Tensor) -> bool:
-    return grad.layout != torch.strided
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    lr, betas, eps, weight_decay = (options[name] for name in ("lr", "betas", "eps", "weight_decay"))
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one, got a tensor of {lr.numel()}")
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not 0.0 <= float(value) < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas must be two numbers of at least 0 and below 1, got {betas}")
-    check_choice("second_moment", options["second_moment"], SECOND_MOMENTS)
-    if options["momentum_dtype"] not in MOMENTUM_DTYPES:
-        raise ValueError(f"momentum_dtype must be None or torch.bfloat16, got {options['momentum_dtype']}")
-    if not is_integer(options["seed"]):
-        raise ValueError(f"seed must be an int, got {options['seed']!r}")
-
-
-def _check_form(grad: Tensor) -> None:
-    if grad.layout != torch.sparse_coo or grad.sparse_dim() != 1:
-        form = f"{grad.sparse_dim()} sparse dimensions" if grad.layout == torch.sparse_coo else grad.layout
-        raise ValueError(f"a sparse gradient must be torch.sparse_coo with 1 sparse dimension, got {form}")
-
-
-def _check_table(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    """What a sparse step needs, looked at before it changes anything."""
-    if p.dtype not in _TABLE_DTYPES:
-        raise ValueError(f"a parameter with a sparse gradient must be one of {_TABLE_DTYPES}, got {p.dtype}")
-    if not p.is_contiguous():
-        raise ValueError(f"a parameter with a sparse gradient must be contiguous, got strides {p.stride()}")
-    if p.dtype == torch.float64 and group["momentum_dtype"] is not None:
-        raise ValueError(f"momentum_dtype must be None for a float64 table, got {group['momentum_dtype']}")
-    if "last_step" in state:
-        if "exp_avg" in state:
-            check_shape("exp_avg", state["exp_avg"], p.shape)
-        check_shape("exp_avg_sq", state["exp_avg_sq"], p.shape[: state["exp_avg_sq"].dim()])
-        rows = _of_rows(p, state)
-        check_row_state(*rows, state["last_step"], state["history"], int(state["step"]))
-        if rows[1] is None and group["betas"][0] != 0:
-            raise ValueError(
-                "the first of betas must stay 0 for a table that was trained without momentum, got "
-                f"{group['betas']}: no first moment was kept"
-            )
-    if float(group["lr"]) * group["weight_decay"] >= 1:
-        raise ValueError(
-            f"lr * weight_decay must be below 1, got {float(group['lr'])} * {group['weight_decay']}: "
-            "a row cannot catch up with a decay to nothing"
-        )
-
-
-def _check_dense(p: Tensor, state: dict[str, Any]) -> None:
-    for name in ("exp_avg", "exp_avg_sq") if "last_step" in state else ():
-        moment = state.get(name, p)
-        if moment.shape != p.shape or moment.dtype != p.dtype:
-            raise ValueError(
-                "a dense gradient came for a parameter that sparse ones have trained: its state must have "
-                f"the parameter's shape and dtype, {tuple(p.shape)} {p.dtype}, but {name} has "
-                f"{tuple(moment.shape)} {moment.dtype}"
-            )
+    if p.device.type != "cpu" or not p.is_floating_point() or p.grad is None:
+        return False
+    tensors = (p.grad, state["exp_avg"], state["exp_avg_sq"])
+    if p.is_contiguous():
+        return all(t.is_contiguous() for t in tensors)
+    dense = torch.ops.aten.is_non_overlapping_and_dense.default(p)
+    return dense and all(t.stride() == p.stride() for t in tensors)

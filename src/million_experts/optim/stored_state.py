@@ -1,0 +1,92 @@
+"""A stored state of RowwiseAdamW, or of torch's AdamW, as that of an optimiser's parameters."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from million_experts.ops.checks import check_stored
+from million_experts.optim.row_state import TENSORS, has_rows
+from million_experts.optim.rowwise_checks import (
+    check_history,
+    check_last_step,
+    check_momentum,
+    check_options,
+    check_shapes,
+    check_state,
+    check_step,
+)
+
+
+def fitted_states(
+    groups: list[dict[str, Any]], defaults: dict[str, Any], stored: dict[str, Any]
+) -> dict[Any, dict[str, Any]]:
+    """The states that a stored dictionary has for the parameters of the groups, on their devices.
+
+    Tensors keep their dtypes; torch's own loading casts them to the parameter's, which would ruin float32
+    moments and the counters of a bfloat16 table.
+
+    Raises:
+        ValueError: an option or a state that does not fit; the message names the parameter, and what.
+    """
+    for name, kind in (("param_groups", list), ("state", dict)):
+        if not isinstance(stored.get(name), kind):
+            raise ValueError(f"a state of an optimiser must have {name}, a {kind.__name__}")
+    found: dict[Any, dict[str, Any]] = dict(stored["state"])
+    # torch refuses another number of groups or parameters in a sentence of its own, after this.
+    for own, group in zip(groups, stored["param_groups"], strict=False):
+        options = defaults | group
+        check_options(options)
+        for p, index in zip(own["params"], group.get("params", ()), strict=False):
+            state = found.pop(index, None)
+            if not state:
+                continue
+            try:
+                found[p] = _fitted(p, state, options)
+            except (ValueError, BufferError) as error:
+                raise ValueError(
+                    f"the state of parameter {index}, of shape {list(p.shape)}, does not fit: {error}"
+                ) from None
+    return found
+
+
+def _fitted(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(state, dict):
+        raise ValueError(f"it must be a dict, got {type(state).__name__}")
+    check_shapes(p, state)
+    check_momentum(state, group)
+    if has_rows(state):
+        step = check_step(state["step"])
+        if not p.is_meta:
+            check_last_step(_readable("last_step", state["last_step"]), step)
+            check_history(_readable("history", state["history"]), step)
+    else:
+        check_step(state["step"], most=float("inf"))
+    fitted = {name: _placed(name, value, p) for name, value in state.items()}
+    if not isinstance(fitted["step"], Tensor):  # as older versions of torch stored it
+        fitted["step"] = torch.tensor(float(fitted["step"]))
+    check_state(p, fitted)
+    return fitted
+
+
+def _placed(name: str, value: Any, p: Tensor) -> Any:
+    """A tensor on its parameter's device, laid out as that one; the count of steps stays where it is."""
+    if name not in TENSORS:
+        return value.to(p.device) if isinstance(value, Tensor) and name != "step" else value
+    if type(value) is not Tensor:  # sharded, for example
+        return value.to(p.device)
+    value = _readable(name, value).to(p.device)
+    if value.shape != p.shape:
+        return value.contiguous()
+    if value.stride() == p.stride() or (value.is_contiguous() and p.is_contiguous()):
+        return value
+    return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _readable(name: str, value: Tensor) -> Tensor:
+    if value.is_meta:
+        raise ValueError(f"{name} must hold numbers, got a tensor on the meta device")
+    check_stored(**{name: value})
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"{name} must have memory for each of its numbers, got strides {value.stride()}")
+    return value
