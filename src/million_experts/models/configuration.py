@@ -70,7 +70,7 @@ class PeerConfig(PreTrainedConfig):
     """
 
     model_type = "peer"
-    keys_to_ignore_at_inference = ["past_key_values", "routing"]  # noqa: RUF012 (not a field)
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "routing"]  # noqa: RUF012 (not a field)
     default_theta = 10000.0
 
     vocab_size: int = 32000
