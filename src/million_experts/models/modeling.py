@@ -29,12 +29,9 @@ from .configuration import PeerConfig
 from .counting import describe
 from .initialisation import initialise_missing, is_feed_forward
 from .loss import causal_language_model_loss
-from .outputs import PeerCausalLMOutput, PeerModelOutput
-from .versions import cache_argument
+from .outputs import PeerCausalLMOutput, PeerModelOutput, named_cache
 
 __all__ = ["PeerCausalLMOutput", "PeerForCausalLM", "PeerModel", "PeerModelOutput", "PeerPreTrainedModel"]
-
-_CACHE = cache_argument()  # what transformers' own functions and classes call it
 
 
 class PeerPreTrainedModel(PreTrainedModel):
@@ -171,7 +168,7 @@ class PeerModel(PeerPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{_CACHE: cache},
+            **named_cache(cache),
         )
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -195,7 +192,7 @@ class PeerModel(PeerPreTrainedModel):
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 output_routing=output_routing,
-                **{_CACHE: cache},
+                **named_cache(cache),
                 **kwargs,
             )
             if not isinstance(outputs, tuple):
@@ -209,7 +206,7 @@ class PeerModel(PeerPreTrainedModel):
 
         return PeerModelOutput(
             last_hidden_state=self.norm(hidden_states),
-            **{_CACHE: cache},
+            **named_cache(cache),
             routing=tuple(routing) if output_routing else None,
             router_loss=torch.stack(router_losses).sum() if router_losses else None,
         )
@@ -279,7 +276,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         return PeerCausalLMOutput(
             loss=loss,
             logits=logits,
-            **{_CACHE: outputs.cache},
+            **named_cache(outputs.cache),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             routing=outputs.routing,

@@ -1,17 +1,27 @@
-"""What the models return."""
+"""What the models return, and the name under which transformers gives and takes a cache."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from million_experts.layers import Routing
 
-from .versions import cache_argument
+from .versions import name_here
 
-__all__ = ["PeerCausalLMOutput", "PeerModelOutput"]
+__all__ = ["PeerCausalLMOutput", "PeerModelOutput", "named_cache"]
+
+# transformers calls keys and values of earlier tokens `cache` from 5.24 on, `past_key_values` before.
+_CACHE = name_here(BaseModelOutputWithPast, "cache", "past_key_values")
+
+
+def named_cache(cache: Cache | None) -> dict[str, Any]:
+    """The cache as an argument of transformers' own functions, modules and outputs."""
+    return {_CACHE: cache}
 
 
 @dataclass
@@ -38,6 +48,7 @@ class PeerCausalLMOutput(CausalLMOutputWithPast):
     router_loss: Tensor | None = None
 
 
-if cache_argument() != "cache":  # the name that code for every version may read
+if _CACHE != "cache":  # the name that code for every version may read
+    output: Any
     for output in (PeerModelOutput, PeerCausalLMOutput):
-        output.cache = property(lambda self: self.past_key_values)  # type: ignore[attr-defined]
+        output.cache = property(lambda self: self.past_key_values)

@@ -16,6 +16,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from .versions import UnsupportedTransformers, check_transformers
+
 __all__ = ["register_when_transformers_is_imported"]
 
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
@@ -58,13 +60,26 @@ _models_registered = False
 
 def _register_config() -> None:
     try:
-        from .configuration import PeerConfig
-
-        sys.modules[_AUTO_CONFIG].AutoConfig.register("peer", PeerConfig, exist_ok=True)
+        config: type
+        try:
+            check_transformers()
+            from .configuration import PeerConfig as config
+        except UnsupportedTransformers as error:
+            config = _refusing(error)
+        sys.modules[_AUTO_CONFIG].AutoConfig.register("peer", config, exist_ok=True)
     except Exception as error:
         warnings.warn(
             f"million_experts could not register its models with transformers: {error!r}", stacklevel=2
         )
+
+
+def _refusing(error: UnsupportedTransformers) -> type:
+    """A configuration that says why no model can be loaded, where transformers would advise to upgrade it."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    return type("PeerConfig", (), {"model_type": "peer", "__init__": refuse, "from_dict": refuse})
 
 
 def _is_loaded(name: str) -> bool:
