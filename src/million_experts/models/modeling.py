@@ -30,6 +30,7 @@ from .counting import describe
 from .initialisation import initialise_missing, is_feed_forward
 from .loss import causal_language_model_loss
 from .outputs import PeerCausalLMOutput, PeerModelOutput, named_cache
+from .router_loss import keep_router_loss_when_smoothing, share_of_items
 
 __all__ = ["PeerCausalLMOutput", "PeerForCausalLM", "PeerModel", "PeerModelOutput", "PeerPreTrainedModel"]
 
@@ -223,6 +224,8 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_function = causal_language_model_loss
+        if any(block.mlp_has_router_loss for block in self.model.layers):
+            keep_router_loss_when_smoothing()
         self.post_init()
 
     @can_return_tuple
@@ -272,7 +275,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
             if outputs.router_loss is not None:
-                loss = loss + outputs.router_loss * _share_of_items(labels, kwargs.get("num_items_in_batch"))
+                loss = loss + outputs.router_loss * _share_of_items(labels, **kwargs)
         return PeerCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -312,6 +315,13 @@ def _token_mask(attention_mask: Tensor | None, inputs_embeds: Tensor) -> Tensor 
     return attention_mask[:, -inputs_embeds.shape[1] :].to(inputs_embeds.device).bool()
 
 
-def _share_of_items(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """The part of a batch's items that a micro-batch's labels are; 1 where there is no larger batch."""
-    return 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+def _share_of_items(
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The arguments are those of the loss."""
+    targets = labels[:, 1:] if shift_labels is None else shift_labels
+    return share_of_items(targets, num_items_in_batch, ignore_index)

@@ -43,6 +43,7 @@ def register_models() -> None:
     _models_registered = True
     try:
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+        from transformers.models.auto import modeling_auto
 
         from .configuration import PeerConfig
         from .modeling import PeerForCausalLM, PeerModel
@@ -50,6 +51,9 @@ def register_models() -> None:
         AutoConfig.register("peer", PeerConfig, exist_ok=True)
         AutoModel.register(PeerConfig, PeerModel, exist_ok=True)
         AutoModelForCausalLM.register(PeerConfig, PeerForCausalLM, exist_ok=True)
+        # By this list Trainer's label smoothing knows whose labels to shift, and `transformers serve` a
+        # language model.
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["peer"] = PeerForCausalLM.__name__
     except BaseException:
         _models_registered = False
         raise
