@@ -189,11 +189,23 @@ class PeerConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
 
+# What Llama calls the settings of its feed-forward, and what stands for them here.
+_LLAMAS = {
+    "intermediate_size": "give the width of a kind's layers, as in dense=dict(width=...)",
+    "hidden_act": "give the activation of a kind's layers, as in dense=dict(activation=...)",
+    "mlp_bias": "the feed-forwards have no biases",
+}
+
+
 def _refuse_misplaced(kwargs: dict[str, Any]) -> None:
     # transformers keeps unknown settings as attributes: `PeerConfig(num_experts=...)` would do nothing.
-    for name in kwargs:
+    for name, value in kwargs.items():
         for kind, spec in FEED_FORWARDS.items():
             if name in spec.arguments:
                 raise ValueError(
                     f"{name!r} is an argument of the {kind!r} layers: give {kind}=dict({name}=...)."
                 )
+        if value and name in _LLAMAS:
+            raise ValueError(
+                f"{name!r} is a setting of Llama's feed-forward, got {value!r}: {_LLAMAS[name]}."
+            )
