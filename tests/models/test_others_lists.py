@@ -91,3 +91,36 @@ def test_trained_with_smoothing_it_learns_the_next_token_and_not_its_input(tiny_
     trainer.train()
     said = model.eval()(rows[:1]).logits.argmax(-1)
     assert_close(said[0, :-1], rows[0, 1:])
+
+
+def test_predictions_are_logits_alone(tiny_model, tokens, tmp_path):
+    """Trainer gathers what an output holds, except for what the configuration says: no cache, no routing."""
+    model = tiny_model(output_routing=True)
+    trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    predicted = trainer.predict(rows).predictions
+    assert_close(torch.from_numpy(predicted), model.eval()(tokens).logits.detach())
+
+
+def test_pipelines_and_servers_take_it_for_a_language_model(tiny_model, tmp_path, caplog):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast, pipeline
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.utils import logging
+
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(50)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    logging.enable_propagation()
+    try:
+        writer = pipeline("text-generation", model=str(tmp_path), device="cpu")
+        (written,) = writer("w1 w2 w3", max_new_tokens=2, do_sample=False)
+    finally:
+        logging.disable_propagation()
+    assert "not supported" not in caplog.text
+    assert written["generated_text"].startswith("w1 w2 w3")
+    assert type(writer.model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # as a server asks

@@ -72,6 +72,18 @@ class PeerConfig(PreTrainedConfig):
     model_type = "peer"
     keys_to_ignore_at_inference = ["cache", "past_key_values", "routing"]  # noqa: RUF012 (not a field)
     default_theta = 10000.0
+    # Tensor parallelism cuts the attention as Llama's; each rank has the feed-forwards whole.
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = 32000
     hidden_size: int = 512
