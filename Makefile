@@ -13,7 +13,7 @@ INSTALL := $(PIP) install --no-deps --no-build-isolation --config-settings=build
 # A compiler that reports an error stops `make`; only where there is none the package goes without kernels.
 export MILLION_EXPERTS_NEED_KERNELS := $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++),1)
 
-.PHONY: help train bench bench-check bench-gpu test test-slow test-gpu sanitize lint format wheel clean
+.PHONY: help train bench bench-check bench-gpu test test-versions test-slow test-gpu sanitize lint format wheel clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,9 +45,23 @@ bench-gpu: $(VENV)/.installed ## Time the Triton kernels on a GPU; ends in a blo
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 INTERPRETED := tests/ops/triton
 
-test: lint ## Lint, check types, run the tests (some minutes)
+test: lint test-versions ## Lint, check types, run the tests (some minutes)
 	$(PYTEST) -n 2 --dist loadfile --ignore $(INTERPRETED)
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 --dist loadfile $(INTERPRETED)
+
+# Both ends of the range of transformers, beside the version that the other tests run with. Their packages lie before
+# those of the environment, which has the rest.
+test-versions: test-versions-oldest test-versions-newest ## Run the models' tests with the oldest and the newest transformers
+
+test-versions-%: $(VENV)/versions/%
+	TEST_TRANSFORMERS=$* PYTHONPATH=$(abspath $<) $(PYTEST) -n 2 --dist loadfile tests/models tests/lm/test_trainer.py
+
+$(VENV)/versions/%: tests/versions/%.txt $(VENV)/.installed
+	rm -rf $@
+	$(PIP) install --no-deps --target $@ -r $<
+	touch $@
+
+.PRECIOUS: $(VENV)/versions/%
 
 test-slow: $(VENV)/.installed ## Run what takes longer: the README's training commands, many kills of a run, every launch for four GPUs
 	$(BIN)/python -m pytest -m slow --ignore $(INTERPRETED)

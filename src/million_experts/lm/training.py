@@ -38,6 +38,7 @@ from million_experts.lm.trainer import LanguageModelTrainer, check_checkpoint, l
 from million_experts.models import PeerConfig, PeerForCausalLM, count_parameters, memory_estimate
 from million_experts.models.attention import with_fast_attention
 from million_experts.models.feed_forwards import FEED_FORWARDS
+from million_experts.models.versions import name_here
 from million_experts.optim import RowwiseAdamW, parameter_groups
 
 
@@ -319,6 +320,8 @@ def _make_trainer(
     watch: bool = True,
 ) -> LanguageModelTrainer:
     """A trainer; without `watch` it neither evaluates nor writes checkpoints on its way."""
+    name = name_here(TrainingArguments, "activation_checkpointing", "gradient_checkpointing")
+    checkpointing: dict[str, Any] = {name: settings.gradient_checkpointing}
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=settings.steps,
@@ -330,7 +333,7 @@ def _make_trainer(
         warmup_steps=settings.warmup_steps,
         max_grad_norm=settings.max_grad_norm,
         bf16=takes_bfloat16(settings.precision),
-        activation_checkpointing=settings.gradient_checkpointing,
+        **checkpointing,
         torch_compile=settings.torch_compile,
         ddp_find_unused_parameters=False,  # every block uses all of its own
         logging_steps=settings.logging_steps,

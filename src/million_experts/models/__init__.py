@@ -1,13 +1,15 @@
 """A decoder with PEER layers in transformers' own form, known to its Auto classes.
 
-Needs transformers (`pip install "million-experts[train]"`), but imports it only when a name is used:
-`million_experts.models.registration` has to be importable without it.
+Needs transformers (`pip install "million-experts[train]"`), of a version in `versions.SUPPORTED`, but imports
+it only when a name is used: `million_experts.models.registration` has to be importable without it.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from .versions import check_transformers
 
 if TYPE_CHECKING:
     from .configuration import PeerConfig
@@ -52,6 +54,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOME.get(name, "modeling")
     try:
+        check_transformers()
         module = importlib.import_module(f".{home}", __name__)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("transformers", "huggingface_hub"):

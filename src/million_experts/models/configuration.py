@@ -70,8 +70,20 @@ class PeerConfig(PreTrainedConfig):
     """
 
     model_type = "peer"
-    keys_to_ignore_at_inference = ["past_key_values", "routing"]  # noqa: RUF012 (not a field)
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "routing"]  # noqa: RUF012 (not a field)
     default_theta = 10000.0
+    # Tensor parallelism cuts the attention as Llama's; each rank has the feed-forwards whole.
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -189,11 +201,23 @@ class PeerConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
 
+# What Llama calls the settings of its feed-forward, and what stands for them here.
+_LLAMAS = {
+    "intermediate_size": "give the width of a kind's layers, as in dense=dict(width=...)",
+    "hidden_act": "give the activation of a kind's layers, as in dense=dict(activation=...)",
+    "mlp_bias": "the feed-forwards have no biases",
+}
+
+
 def _refuse_misplaced(kwargs: dict[str, Any]) -> None:
     # transformers keeps unknown settings as attributes: `PeerConfig(num_experts=...)` would do nothing.
-    for name in kwargs:
+    for name, value in kwargs.items():
         for kind, spec in FEED_FORWARDS.items():
             if name in spec.arguments:
                 raise ValueError(
                     f"{name!r} is an argument of the {kind!r} layers: give {kind}=dict({name}=...)."
                 )
+        if value and name in _LLAMAS:
+            raise ValueError(
+                f"{name!r} is a setting of Llama's feed-forward, got {value!r}: {_LLAMAS[name]}."
+            )

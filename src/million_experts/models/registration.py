@@ -16,6 +16,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from .versions import UnsupportedTransformers, check_transformers
+
 __all__ = ["register_when_transformers_is_imported"]
 
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
@@ -41,6 +43,7 @@ def register_models() -> None:
     _models_registered = True
     try:
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+        from transformers.models.auto import modeling_auto
 
         from .configuration import PeerConfig
         from .modeling import PeerForCausalLM, PeerModel
@@ -48,6 +51,9 @@ def register_models() -> None:
         AutoConfig.register("peer", PeerConfig, exist_ok=True)
         AutoModel.register(PeerConfig, PeerModel, exist_ok=True)
         AutoModelForCausalLM.register(PeerConfig, PeerForCausalLM, exist_ok=True)
+        # By this list Trainer's label smoothing knows whose labels to shift, and `transformers serve` a
+        # language model.
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["peer"] = PeerForCausalLM.__name__
     except BaseException:
         _models_registered = False
         raise
@@ -58,13 +64,26 @@ _models_registered = False
 
 def _register_config() -> None:
     try:
-        from .configuration import PeerConfig
-
-        sys.modules[_AUTO_CONFIG].AutoConfig.register("peer", PeerConfig, exist_ok=True)
+        config: type
+        try:
+            check_transformers()
+            from .configuration import PeerConfig as config
+        except UnsupportedTransformers as error:
+            config = _refusing(error)
+        sys.modules[_AUTO_CONFIG].AutoConfig.register("peer", config, exist_ok=True)
     except Exception as error:
         warnings.warn(
             f"million_experts could not register its models with transformers: {error!r}", stacklevel=2
         )
+
+
+def _refusing(error: UnsupportedTransformers) -> type:
+    """A configuration that says why no model can be loaded, where transformers would advise to upgrade it."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    return type("PeerConfig", (), {"model_type": "peer", "__init__": refuse, "from_dict": refuse})
 
 
 def _is_loaded(name: str) -> bool:
