@@ -1,20 +1,21 @@
 """What runs inside other people's programs: layers and models to try, and the rows of the docs' table.
 
-Each test tries one thing with one program, and the first line of its docstring says what. What came of it is a
-row in docs/results/interop. `make test-interop` fails where rows or docs/interoperability.md are not what ran;
+Each test tries one thing with one program, and the first line of its docstring says what. The
+result is a row in docs/results/interop. `make test-interop` fails where rows or page are not what ran;
 `make interop-rows` writes both.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from importlib.metadata import version
 from typing import Any
 
-import interop_page as page
+import interop_page
 import pytest
 import torch
+from interop_page import Row
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -173,32 +174,49 @@ def refused(record_property: Callable[[str, object], None]) -> Callable[..., Any
 
 # The rows. A file of tests names its PROGRAM, a distribution.
 
+Tried = tuple[str, str]  # a program and what was tried with it
+passed: dict[Tried, Row] = {}
+failed: set[Tried] = set()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-rows", action="store_true", help="write docs/results/interop and the page")
+    parser.addoption(
+        "--rows",
+        choices=("check", "write"),
+        help="check that docs/results/interop holds what ran, or write it and docs/interoperability.md",
+    )
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     program = getattr(getattr(item, "module", None), "PROGRAM", None)
-    if report.when == "call" and report.passed and program is not None:
-        tried = item.function.__doc__.strip().splitlines()[0].removesuffix(".")
+    if program is not None and isinstance(item, pytest.Function):
+        tried = (item.function.__doc__ or "").strip().partition("\n")[0]
         refusal = dict(item.user_properties).get("refused")
-        report.interop = page.Row(
-            program=program,
-            version=version(program).partition("+")[0],
-            tried=tried,
-            result=f"refused: {refusal}" if refusal else "works",
-        )._asdict()
+        result = f"refused: {refusal}" if refusal else "works"
+        row = Row(program, version(program).partition("+")[0], tried, result)
+        report.interop = row._asdict()  # type: ignore[attr-defined]  # travels to xdist's first process
     return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if hasattr(report, "interop"):
-        row = page.Row(**report.interop)
-        _session_rows.setdefault(row.program, {})[row.tried] = row
+        row = Row(**report.interop)
+        if report.failed:
+            failed.add((row.program, row.tried))
+        elif report.when == "call" and report.passed:
+            passed[row.program, row.tried] = row
 
 
-_ROWS: pytest.StashKey[dict[str, Any]] = pytest.StashKey()
-_session_rows: dict[str, dict[str, page.Row]] = {}
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    option = session.config.getoption("--rows", default=None)
+    if option is None or hasattr(session.config, "workerinput"):
+        return
+    rows = sorted(row for tried, row in passed.items() if tried not in failed)
+    if option == "write":
+        interop_page.write(rows)
+    elif difference := interop_page.difference(rows, sorted(interop_page.read_rows())):
+        print(f"\ndocs/results/interop is not what ran (`make interop-rows` writes it):\n{difference}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

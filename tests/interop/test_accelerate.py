@@ -1,4 +1,4 @@
-"""Weights that live elsewhere until a module is called: offload, empty weights and device maps of Accelerate."""
+"""Weights that live elsewhere until a module is called: Accelerate's offload and device maps."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_merging_changes_nothing(make_model, run_model, assert_close, peer):
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_other_adapters_work_as_on_any_linear_layer(make_layer, run_layer, assert_close, x, kind):
-    """LoRA, rsLoRA, DoRA, LoHa, LoKr, IA3, OFT, VeRA and HRA on `query_proj`: gradients, merged as unmerged"""
+    """LoRA, rsLoRA, DoRA, LoHa, LoKr, IA3, OFT, VeRA, HRA on `query_proj`: gradients, merged as unmerged"""
     base = run_layer(make_layer())
     layer = nn.Sequential()  # PEFT wants modules inside of the one it is given
     layer.add_module("mlp", make_layer())

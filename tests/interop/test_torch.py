@@ -198,11 +198,20 @@ def test_weights_of_another_subclass(make_layer, run_layer):
     assert torch.equal(run_layer(layer).as_subclass(torch.Tensor), expected)
 
 
-@pytest.mark.parametrize("replace", [torch.empty(0), torch.empty(3, 5), torch.empty(32, 64, device="meta")])
-def test_emptied_weights_are_an_error(make_layer, x, replace):
+@pytest.mark.parametrize(
+    "replacement", [torch.empty(0), torch.empty(3, 5), torch.empty(256, 2, 8, device="meta")]
+)
+@pytest.mark.parametrize(
+    "name", ["query_proj.weight", "keys1", "keys2", "experts", "query_norm.running_mean"]
+)
+def test_emptied_weights_are_an_error(make_layer, x, name, replacement):
     """Weights emptied, of another shape or on the meta device: an error, not the end of the process"""
     layer = make_layer()
-    layer.query_proj.weight = nn.Parameter(replace)
+    module, _, own = name.rpartition(".")
+    if own == "running_mean":
+        layer.query_norm.running_mean = replacement
+    else:
+        setattr(layer.get_submodule(module), own, nn.Parameter(replacement))
     for count in (24, 4):
         with torch.no_grad(), pytest.raises((RuntimeError, ValueError, NotImplementedError)):
             layer(x[:count])
@@ -239,7 +248,7 @@ def check_sharded(folder, case, assert_close):
 
 @pytest.mark.parametrize("kind", ["peer", "peer-layer-norm", "memory-plus"])
 def test_a_sharded_layer(sharded, assert_close, kind):
-    """FSDP2 (`fully_shard`) of a layer over two processes: outputs, statistics and gradients of one process"""
+    """FSDP2 (`fully_shard`) of a layer over two processes: outputs, statistics, gradients of one process"""
     check_sharded(sharded, kind, assert_close)
 
 
