@@ -40,6 +40,17 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "pkm": lambda: ProductKeyMemory(64, 16**2, 2, 4, 16),
     "memory-plus": lambda: MemoryPlus(64, 16**2, 2, 4, 16),
 }
+# The feed-forwards of a model: what `mlp_layer_types` calls them, and their arguments.
+SMALL = {"num_experts": 16**2, "num_heads": 2, "experts_per_head": 4, "key_dim": 16}
+FEED_FORWARDS: dict[str, dict[str, Any]] = {
+    "dense": {"width": 64},
+    "swiglu": {"width": 64},
+    "moe": {"num_experts": 4, "width": 64},
+    "expert_choice": {"num_experts": 4, "width": 64},
+    "pkm": SMALL,
+    "memory_plus": SMALL,
+    "peer": SMALL | {"shared_width": 64},
+}
 
 
 def settle(model: nn.Module) -> nn.Module:
@@ -102,13 +113,22 @@ def make_model() -> Callable[..., PeerForCausalLM]:
     return make
 
 
+@pytest.fixture(params=FEED_FORWARDS)
+def any_model(
+    request: pytest.FixtureRequest, make_model: Callable[..., PeerForCausalLM]
+) -> Callable[[], PeerForCausalLM]:
+    """Makes a model with each kind of feed-forward in its second block."""
+    kind = request.param
+    return lambda: make_model(mlp_layer_types=["dense", kind], **{kind: FEED_FORWARDS[kind]})
+
+
 @pytest.fixture
 def tokens() -> Tensor:
     """[2, 12] token ids: 24 tokens, more than the fused path of the layer takes."""
     return torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words of one or two letters, a sign to end and pad with, and one for all else."""
     words = [a + b for a in ["", *"abcdefgh"] for b in "aeioubdfgklm"]

@@ -85,6 +85,23 @@ def test_merging_changes_nothing(make_model, run_model, assert_close, peer):
     assert_close(run_model(plain), unmerged, torch.bfloat16)
 
 
+def test_every_feed_forward_hears_its_adapters(any_model, run_model, tokens, assert_close):
+    """LoRA with `target_modules="all-linear"` on each kind of feed-forward: gradients, merged as unmerged"""
+    model = peft.get_peft_model(any_model(), all_linear()).eval()
+    loss_of(model, tokens).backward()
+    assert (found := adapter_gradients(model, "mlp"))
+    assert all(found.values()), found
+    unmerged = run_model(model)
+    model.merge_adapter()
+    assert_close(run_model(model), unmerged, torch.bfloat16)
+
+
+def test_the_modules_have_to_be_named(make_model, refused):
+    """LoRA without `target_modules`: PEFT does not know the model type"""
+    with refused(ValueError, match="target_modules"):
+        peft.get_peft_model(make_model(), peft.LoraConfig())
+
+
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_other_adapters_work_as_on_any_linear_layer(make_layer, run_layer, assert_close, x, kind):
     """LoRA, rsLoRA, DoRA, LoHa, LoKr, IA3, OFT, VeRA, HRA on `query_proj`: gradients, merged as unmerged"""

@@ -53,9 +53,9 @@ def test_quantised_activations(layer, run_layer):
 
 
 @pytest.mark.parametrize("config", WEIGHT_ONLY.values(), ids=WEIGHT_ONLY)
-def test_a_quantised_model(make_model, run_model, tokens, assert_close, config):
-    """`quantize_` of a model: logits as with the dequantised weights, and `generate`"""
-    model = make_model()
+def test_a_quantised_model(any_model, run_model, tokens, assert_close, config):
+    """`quantize_` of a model, each kind of feed-forward: logits as with dequantised weights, and `generate`"""
+    model = any_model()
     quantize_(model, config)
     logits = run_model(model)
     assert_close(logits, run_model(dequantised(model)))
