@@ -56,10 +56,10 @@ def test_a_layer_loaded_as_a_whole(make_layer, run_layer):
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_an_offloaded_model_computes_and_generates_the_same(make_model, run_model, tokens, tmp_path, where):
-    """`cpu_offload` and `disk_offload` of a model: logits and `generate`"""
-    plain = make_model()
-    model = offload(make_model(), where, tmp_path)
+def test_an_offloaded_model_computes_and_generates_the_same(any_model, run_model, tokens, tmp_path, where):
+    """`cpu_offload` and `disk_offload` of a model with each kind of feed-forward: logits and `generate`"""
+    plain = any_model()
+    model = offload(any_model(), where, tmp_path)
     assert torch.equal(run_model(model), run_model(plain))
     greedy = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(tokens, **greedy), plain.generate(tokens, **greedy))

@@ -39,7 +39,7 @@ def test_wrapping_a_submodule_changes_nothing(layer, run_layer, name):
 
 @pytest.mark.parametrize("name", ["query_proj", "query_norm", "shared"])
 def test_wrapping_a_submodule_changes_nothing_in_training(layer, x, name):
-    """The same in training: output, gradients and statistics"""
+    """The same module around them in training: gradients and statistics stay"""
     if getattr(layer, name, None) is None:
         return
     wrapped = copy.deepcopy(layer)
@@ -103,7 +103,7 @@ class Doubled(nn.Module):
 
 
 def test_parametrised_weights(layer, run_layer, assert_close):
-    """`parametrize` on `query_proj.weight`, `keys1` and the table"""
+    """`parametrize` on `query_proj.weight` and `keys1`"""
     doubled = copy.deepcopy(layer)
     names = {"query_proj": "weight", "": "keys1"}
     with torch.no_grad():

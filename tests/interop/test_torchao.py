@@ -54,7 +54,7 @@ def test_quantised_activations(layer, run_layer):
 
 @pytest.mark.parametrize("config", WEIGHT_ONLY.values(), ids=WEIGHT_ONLY)
 def test_a_quantised_model(any_model, run_model, tokens, assert_close, config):
-    """`quantize_` of a model, each kind of feed-forward: logits as with dequantised weights, and `generate`"""
+    """`quantize_` of a model, each kind of feed-forward: as with dequantised weights, and `generate`"""
     model = any_model()
     quantize_(model, config)
     logits = run_model(model)
