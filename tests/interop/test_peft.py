@@ -235,12 +235,21 @@ def test_virtual_tokens_train_and_generate(make_model, tokens, config):
 
 
 def test_several_adapters_in_one_batch(make_model, tokens, assert_close):
-    """Two LoRA adapters, one a row of the batch (`adapter_names`)"""
-    model = peft.get_peft_model(make_model(), all_linear()).eval()
+    """Two LoRA adapters of the attention, one per row of the batch (`adapter_names`)"""
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(make_model(), config).eval()
     torch.manual_seed(1)
-    model.add_adapter("other", all_linear())
+    model.add_adapter("other", config)
     with torch.no_grad():
         mixed = model(input_ids=tokens, adapter_names=["default", "other"]).logits
         for row, name in enumerate(("default", "other")):
             model.set_adapter(name)
             assert_close(mixed[row], model(input_ids=tokens).logits[row], torch.bfloat16)
+
+
+def test_several_adapters_of_the_query_projection_in_one_batch(make_model, tokens, refused):
+    """The same with `query_proj`, to which a batch comes as one list of tokens"""
+    model = peft.get_peft_model(make_model(), all_linear()).eval()
+    model.add_adapter("other", all_linear())
+    with torch.no_grad(), refused(ValueError, match="adapter_names"):
+        model(input_ids=tokens, adapter_names=["default", "other"])
