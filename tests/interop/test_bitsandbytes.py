@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import bitsandbytes as bnb
 import pytest
+
+pytest.importorskip("bitsandbytes", reason="needs the extra `interop`")
+
+import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig

@@ -10,6 +10,8 @@ import sys
 import pytest
 from interop_page import ROOT
 
+pytest.importorskip("peft", reason="needs the extra `interop`")
+
 PAGES = sorted(path.name for path in (ROOT / "docs/how-to").glob("*.md"))
 FRESH = ["hub-folder.md"]  # what it shows is for a process that has not imported us
 

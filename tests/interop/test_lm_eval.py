@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
+pytest.importorskip("lm_eval", reason="needs the extra `interop`")
+
 import json
 import os
 import subprocess
 import sys
 
 import lm_eval
-import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
+pytest.importorskip("peft", reason="needs the extra `interop`")
+
 import copy
 
 import peft
-import pytest
 import torch
 from torch import nn
 

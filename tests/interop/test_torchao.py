@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+pytest.importorskip("torchao", reason="needs the extra `interop`")
+
 import copy
 
-import pytest
 import torch
 from torch import nn
 from torchao.quantization import (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
+
+pytest.importorskip("trl", reason="needs the extra `interop`")
+
+import peft
 import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
