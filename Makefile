@@ -13,10 +13,11 @@ INSTALL := $(PIP) install --no-deps --no-build-isolation --config-settings=build
 # A compiler that reports an error stops `make`; only where there is none the package goes without kernels.
 export MILLION_EXPERTS_NEED_KERNELS := $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++),1)
 
-.PHONY: help train bench bench-check bench-gpu test test-versions test-slow test-gpu sanitize lint format wheel clean
+.PHONY: help train bench bench-check bench-gpu test test-versions test-interop interop-rows test-slow test-gpu sanitize \
+  lint format wheel clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.tools: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,16 @@ $(VENV)/.tools: pyproject.toml constraints.txt
 $(VENV)/.installed: $(VENV)/.tools CMakeLists.txt $(wildcard csrc/*)
 	$(INSTALL) -e .
 	$(PIP) install -c constraints.txt "million-experts[all]"
+	touch $@
+
+# Other people's programs lie in an environment of their own that sees the first: transformers takes other ways where
+# it finds them, and all else is tested without.
+INTEROP := $(VENV)/interop
+$(INTEROP)/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv $(INTEROP)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(INTEROP)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(INTEROP)/bin/python -m pip --quiet --disable-pip-version-check install -c constraints.txt "million-experts[interop]"
 	touch $@
 
 train: $(VENV)/.installed ## Train the demo: a language model with 262,144 experts, a quarter of an hour with the installation
@@ -43,11 +54,19 @@ bench-gpu: $(VENV)/.installed ## Time the Triton kernels on a GPU; ends in a blo
 # Two processes, each with some files. Threads that wait for work must not take the other's core. Triton's interpreter
 # is for a whole process or not at all.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+INTEROP_PYTEST := OMP_WAIT_POLICY=passive $(INTEROP)/bin/python -m pytest -n 2 --dist loadfile
 INTERPRETED := tests/ops/triton
 
 test: lint test-versions ## Lint, check types, run the tests (some minutes)
-	$(PYTEST) -n 2 --dist loadfile --ignore $(INTERPRETED)
+	$(PYTEST) -n 2 --dist loadfile --ignore $(INTERPRETED) --ignore tests/interop
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 --dist loadfile $(INTERPRETED)
+	$(MAKE) --no-print-directory test-interop
+
+test-interop: $(INTEROP)/.installed ## Run layers and models inside PEFT, TRL, Accelerate, torchao, bitsandbytes, lm-eval
+	$(INTEROP_PYTEST) --rows check tests/interop
+
+interop-rows: $(INTEROP)/.installed ## Run the same, and write what works with what into the docs
+	$(INTEROP_PYTEST) --rows write tests/interop --ignore tests/interop/test_page.py
 
 # Both ends of the range of transformers, beside the version that the other tests run with. Their packages lie before
 # those of the environment, which has the rest.
@@ -64,7 +83,7 @@ $(VENV)/versions/%: tests/versions/%.txt $(VENV)/.installed
 .PRECIOUS: $(VENV)/versions/%
 
 test-slow: $(VENV)/.installed ## Run what takes longer: the README's training commands, many kills of a run, every launch for four GPUs
-	$(BIN)/python -m pytest -m slow --ignore $(INTERPRETED)
+	$(BIN)/python -m pytest -m slow --ignore $(INTERPRETED) --ignore tests/interop
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m slow $(INTERPRETED)
 
 test-gpu: $(VENV)/.installed ## Run the Triton kernels on a GPU against the reference (elsewhere skipped, with the reason)
