@@ -222,9 +222,11 @@ def generate(
     """Write text with a model."""
     with _user_errors():
         from million_experts.lm.generation import write_sample
+        from million_experts.lm.loading import said_of
 
         language_model, tokenizer = _load(model)
-        text = write_sample(language_model, tokenizer, prompt, max_new_tokens, seed, temperature, top_p)
+        with said_of(model, "something that text cannot be written with"):
+            text = write_sample(language_model, tokenizer, prompt, max_new_tokens, seed, temperature, top_p)
         typer.echo(text)
 
 
@@ -326,8 +328,7 @@ def info(
 
 
 def _print_size(model: str) -> None:
-    from transformers import AutoConfig
-
+    from million_experts.lm.loading import load_config
     from million_experts.models import PeerConfig, count_parameters, memory_estimate
 
     settings = load_preset(model) if model in preset_names() else None
@@ -337,9 +338,10 @@ def _print_size(model: str) -> None:
         config = model_config(settings, settings.vocab_size)
     else:
         _require_folder(model, f", or a preset ({', '.join(preset_names())})")
-        config = AutoConfig.from_pretrained(model)
-        if not isinstance(config, PeerConfig):
-            raise ValueError(f"model {model} must be a PEER model for its size, got {config.model_type!r}")
+        loaded = load_config(model)
+        if not isinstance(loaded, PeerConfig):
+            raise ValueError(f"model {model} must be a PEER model for its size, got {loaded.model_type!r}")
+        config = loaded
     count, memory = count_parameters(config), memory_estimate(config)
     table = Table(title=f"{escape(model)}: {count.label}", title_justify="left")
     for column in ("", "parameters", "weights", "gradients", "AdamW state"):
@@ -368,28 +370,14 @@ def _print_size(model: str) -> None:
 
 
 def _load(model: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from million_experts.lm.loading import load_model, load_tokenizer
 
-    logging.disable_progress_bar()
     _require_folder(model)
-    try:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        language_model = AutoModelForCausalLM.from_pretrained(model).eval().to(device)
-    except SafetensorError as error:
-        raise ValueError(f"model {model} is damaged: its weights cannot be read ({error})") from error
-    except OSError as error:
-        raise ValueError(f"model {model} has no weights that can be read: {error}") from error
-    try:
-        return language_model, AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {model} has no tokenizer that can be read: {error}") from error
+    return load_model(model), load_tokenizer(model)
 
 
 def _require_folder(model: str, or_preset: str = "") -> None:
-    if not (Path(model) / "config.json").exists():
+    if not (Path(model) / "config.json").is_file():
         raise FileNotFoundError(
             f"model must be a folder with a config.json, such as a finished run's{or_preset}, got {model!r}"
         )

@@ -19,6 +19,8 @@ from million_experts.ops import product_key_topk, resolve_backend
 
 SCORES = ("softmax", "sigmoid", "relu")
 QUERY_NORMS = ("batch", "layer", "none")
+# A table of so many experts takes a petabyte where each has 512 numbers of two bytes.
+MAX_EXPERTS = 2**40
 
 
 class Routing(NamedTuple):
@@ -44,22 +46,20 @@ def factorise(num_experts: int | tuple[int, int] | list[int]) -> tuple[int, int]
     A pair is taken as it is. An int takes its most square factorisation, n1 >= n2.
 
     Raises:
-        ValueError: not positive, or an int with no factorisation with n1 <= 4 * n2; the nearest sizes that
-            work are named.
+        ValueError: not positive, or more than any table can hold; or an int with no factorisation with
+            n1 <= 4 * n2; the nearest sizes that work are named.
     """
     if is_integer(num_experts):
         num_experts = operator.index(num_experts)  # type: ignore[arg-type]
         if num_experts < 1:
             raise ValueError(f"num_experts must be positive, got {num_experts}")
-        n1, n2 = _most_square(num_experts)
-        if n1 <= 4 * n2:
+        _check_table_can_exist(num_experts)
+        (n1, n2), above = _nearest_usable(num_experts)
+        if n1 * n2 == num_experts:
             return n1, n2
-        below = next((n for n in range(num_experts - 1, 0, -1) if _usable(n)), None)
-        above = next(n for n in range(num_experts + 1, 2 * num_experts + 2) if _usable(n))
-        near = f"{below} or {above}" if below else f"{above}"
         raise ValueError(
-            f"num_experts={num_experts} has no factorisation n1 * n2 with n1 <= 4 * n2 (its most square one "
-            f"is {n1} * {n2}); the nearest sizes that work are {near}, or give a pair (n1, n2)"
+            f"num_experts={num_experts} has no factorisation n1 * n2 with n2 <= n1 <= 4 * n2; the nearest "
+            f"sizes that work are {n1 * n2} or {math.prod(above)}, or give a pair (n1, n2)"
         )
     if (
         not isinstance(num_experts, tuple | list)
@@ -69,17 +69,32 @@ def factorise(num_experts: int | tuple[int, int] | list[int]) -> tuple[int, int]
         raise ValueError(f"num_experts must be an int or a pair of ints (n1, n2), got {num_experts!r}")
     if min(num_experts) < 1:
         raise ValueError(f"num_experts must be a pair of positive sizes, got {tuple(num_experts)}")
-    return operator.index(num_experts[0]), operator.index(num_experts[1])
+    n1, n2 = map(operator.index, num_experts)
+    _check_table_can_exist(n1 * n2)
+    return n1, n2
 
 
-def _most_square(number: int) -> tuple[int, int]:
-    small = next(n for n in range(math.isqrt(number), 0, -1) if number % n == 0)
-    return number // small, small
+def _check_table_can_exist(num_experts: int) -> None:
+    if num_experts > MAX_EXPERTS:
+        raise ValueError(f"num_experts must be at most {MAX_EXPERTS} (2**40) in all, got {num_experts}")
 
 
-def _usable(number: int) -> bool:
-    n1, n2 = _most_square(number)
-    return n1 <= 4 * n2
+def _nearest_usable(number: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The largest usable n1 * n2 that is not above a number, and the smallest above it.
+
+    Usable are n2 <= n1 <= 4 * n2; of factorisations of one size the most square. Each n2 near the number's
+    root has one candidate on either side, so one pass over them is enough, however far the nearest size is.
+    """
+    root = math.isqrt(number)
+    below, above = (1, 1), (root + 1, root + 1)
+    for n2 in range(max(1, root // 2), root + 1):
+        n1 = min(number // n2, 4 * n2)
+        if n1 * n2 >= below[0] * below[1]:
+            below = n1, n2
+        n1 = number // n2 + 1
+        if n1 <= 4 * n2 and n1 * n2 < above[0] * above[1]:
+            above = n1, n2
+    return below, above
 
 
 class ProductKeyRetrieval(nn.Module):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from million_experts.lm.loading import check_tokens
 from million_experts.lm.packing import TokenStream
 
 IGNORE = -100  # cross_entropy's own mark for positions without a target
@@ -68,7 +69,7 @@ def score_documents(
         progress: called after each batch with the predictions made and their total.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or the stream holds a token that the model does not know.
         FloatingPointError: the model gave a loss that is not finite.
     """
     if context < 1:
@@ -78,6 +79,7 @@ def score_documents(
     stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride <= context:
         raise ValueError(f"stride must be in 1..context={context}, got {stride}")
+    check_tokens(model, max(stream.end_id, int(stream.tokens.max(initial=0))))
     device = next(model.parameters()).device if device is None else device
 
     windows = _windows(stream, context, stride)

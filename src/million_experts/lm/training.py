@@ -183,8 +183,6 @@ def build_model(
 
 def model_config(settings: TrainSettings, vocab_size: int) -> PeerConfig:
     """The configuration of the model that the settings describe."""
-    for kind in FEED_FORWARDS:
-        _check_types(kind, getattr(settings, kind))
     kinds = settings.mlp_layer_types
     if isinstance(kinds, list) and len(kinds) == 1:
         kinds = kinds[0]
@@ -201,16 +199,6 @@ def model_config(settings: TrainSettings, vocab_size: int) -> PeerConfig:
         tie_word_embeddings=settings.tie_word_embeddings,
         **arguments,
     )
-
-
-def _check_types(kind: str, given: dict[str, Any]) -> None:
-    """Refuses text where a layer's argument is a number or a switch; the layers check the rest."""
-    for name, value in given.items():
-        default = FEED_FORWARDS[kind].arguments.get(name)
-        if isinstance(default, bool) and not isinstance(value, bool):
-            raise ValueError(f"{kind}: {name} must be true or false, got {value!r}")
-        if isinstance(default, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"{kind}: {name} must be a number, got {value!r}")
 
 
 def _check_reporters(names: list[str]) -> None:

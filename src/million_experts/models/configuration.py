@@ -1,23 +1,40 @@
 """`PeerConfig`: the configuration of a decoder whose feed-forwards may be PEER layers or its competitors."""
 
-from __future__ import annotations
-
+import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast
 
+import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import CONFIG_NAME
 
 from million_experts._arguments import did_you_mean
 
 from .feed_forwards import FEED_FORWARDS, check_feed_forward, complete_arguments
+from .hub import AUTO_MAP, write_module
 from .registration import register_models
+from .weights import read_json_object
 
 __all__ = ["PeerConfig"]
 
+# Larger ones are damage, not models: a file may say anything, and each layer that it names is built, if only
+# on the meta device. Products of two sizes stay within what a tensor can address.
+MAX_LAYERS = 10_000
+MAX_SIZE = 2**30
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 
-@strict
+
+@strict  # which checks the fields' types, as long as their annotations are no strings
 class PeerConfig(PreTrainedConfig):
     """Configuration of `PeerModel` and `PeerForCausalLM`.
 
@@ -92,11 +109,11 @@ class PeerConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     max_position_embeddings: int = 2048
-    rope_parameters: RopeParameters | dict | None = None
-    rms_norm_eps: float = 1e-6
+    rope_parameters: dict[str, Any] | None = None
+    rms_norm_eps: float | int = 1e-6
     attention_dropout: float | int = 0.0
     attention_bias: bool = False
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
     output_routing: bool = False
@@ -115,6 +132,13 @@ class PeerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_misplaced(kwargs)
+        # Both are written out below, one entry for each.
+        for name, size in {
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_labels": kwargs.get("num_labels"),
+        }.items():
+            if isinstance(size, int) and size > MAX_LAYERS:
+                raise ValueError(f"{name} must be at most {MAX_LAYERS}, got {size}")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -134,6 +158,8 @@ class PeerConfig(PreTrainedConfig):
                 setattr(self, kind, complete_arguments(kind, getattr(self, kind)))
 
         super().__post_init__(**kwargs)
+        if type(self) is PeerConfig:  # what a folder said is not carried on into the next one
+            self.auto_map = dict(AUTO_MAP)
         # `strict` wraps what validators raise in an error that is no ValueError: run them before it does.
         self.validate_architecture()
         self.validate_layer_type()
@@ -146,15 +172,25 @@ class PeerConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Raise ValueError if the attention's sizes do not fit together."""
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) > MAX_SIZE:
+                raise ValueError(f"{name} must be at most {MAX_SIZE}, got {getattr(self, name)}")
         heads = self.num_attention_heads
         head_dim = self.head_dim or self.hidden_size // heads
         if head_dim == self.hidden_size // heads and self.hidden_size % heads != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads ({heads})."
             )
+        rope = self.rope_parameters or {}
+        if rope.get("rope_type", "default") not in {"default", *ROPE_INIT_FUNCTIONS}:
+            known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
+            raise ValueError(f"rope_type must be one of {known}, got {rope['rope_type']!r}")
+        if not isinstance(theta := rope.get("rope_theta", 1.0), int | float) or not theta > 0:
+            raise ValueError(f"rope_theta must be a positive number, got {theta!r}")
+        if head_dim * heads > MAX_SIZE:
+            raise ValueError(f"head_dim ({head_dim}) times {heads} heads must be at most {MAX_SIZE}.")
         if head_dim < 1 or head_dim % 2 != 0:
             raise ValueError(f"head_dim ({head_dim}) must be even: rotary embeddings turn pairs.")
         groups = self.num_key_value_heads or heads
@@ -175,7 +211,7 @@ class PeerConfig(PreTrainedConfig):
                 "give one for each layer, or one string for all."
             )
         for kind in kinds:
-            if kind not in FEED_FORWARDS:
+            if not isinstance(kind, str) or kind not in FEED_FORWARDS:
                 raise ValueError(
                     f"mlp_layer_types has no kind {kind!r}{did_you_mean(kind, FEED_FORWARDS)}; "
                     f"allowed: {', '.join(sorted(FEED_FORWARDS))}"
@@ -183,6 +219,33 @@ class PeerConfig(PreTrainedConfig):
         for kind in FEED_FORWARDS:
             if getattr(self, kind) is not None:
                 check_feed_forward(kind, self.hidden_size, getattr(self, kind))
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Write this configuration, and beside it what programs need that never import this package.
+
+        Every way to save or push a model or a configuration comes through here.
+        """
+        write_module(Path(json_file_path).parent)
+        super().to_json_file(json_file_path, use_diff)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Only for derived classes: transformers would save a copy of this file beside every model."""
+        if cls is not PeerConfig:
+            super().register_for_auto_class(auto_class)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a folder's config.json says.
+
+        Raises:
+            ValueError: it is no JSON object.
+        """
+        if os.path.isfile(path := Path(pretrained_model_name_or_path) / CONFIG_NAME):
+            read_json_object(path)
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -198,7 +261,20 @@ class PeerConfig(PreTrainedConfig):
             if name in FEED_FORWARDS and isinstance(value, dict):
                 value = {**(config_dict.get(name) or {}), **value}
             config_dict[name] = value
-        return super().from_dict(config_dict, **kwargs)
+        if not isinstance(kind := config_dict.get("model_type", cls.model_type), str | None):
+            raise ValueError(f"model_type must be text, got {kind!r}")
+        if not isinstance(dtype := config_dict.get("dtype"), str | torch.dtype | None):
+            raise ValueError(f"dtype must be text, got {dtype!r}")
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:  # no ValueError, though all it says is that a value is wrong
+            raise ValueError(str(error.__cause__ or error)) from error
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+        ) as error:  # a value of a kind that transformers never meets
+            raise ValueError(f"the configuration has a value that cannot be read: {error}") from error
 
 
 # What Llama calls the settings of its feed-forward, and what stands for them here.

@@ -90,7 +90,10 @@ def complete_arguments(kind: str, given: Mapping[str, Any] | None) -> dict[str, 
 
     Raises:
         ValueError: if an argument does not exist; the message names the ones that do, and the closest.
+            If it is text where a number or a switch stands; the layers check the rest.
     """
+    if not isinstance(given, Mapping | None):
+        raise ValueError(f"{kind} must be a dict of the layer's arguments, got {given!r}")
     allowed = FEED_FORWARDS[kind].arguments
     given = dict(given or {})
     for name in given:
@@ -99,7 +102,15 @@ def complete_arguments(kind: str, given: Mapping[str, Any] | None) -> dict[str, 
                 f"{kind}: {FEED_FORWARDS[kind].layer.__name__} has no argument {name!r}"
                 f"{did_you_mean(name, allowed)}; allowed: {', '.join(sorted(allowed))}"
             )
+        _check_type(kind, name, given[name], allowed[name])
     return {name: _tuples(value) for name, value in {**allowed, **given}.items()}
+
+
+def _check_type(kind: str, name: str, value: Any, default: Any) -> None:
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise ValueError(f"{kind}: {name} must be true or false, got {value!r}")
+    if isinstance(default, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"{kind}: {name} must be a number, got {value!r}")
 
 
 def build_feed_forward(kind: str, dim: int, arguments: Mapping[str, Any]) -> nn.Module:
@@ -113,8 +124,11 @@ def check_feed_forward(kind: str, dim: int, arguments: Mapping[str, Any]) -> Non
     The backend is left out: a configuration may be read on a machine that cannot run it.
     """
     arguments = {name: value for name, value in arguments.items() if name != "backend"}
-    with unset_fake_temporarily(), torch.device("meta"):
-        build_feed_forward(kind, dim, arguments)
+    try:
+        with unset_fake_temporarily(), torch.device("meta"):
+            build_feed_forward(kind, dim, arguments)
+    except (TypeError, RuntimeError, OverflowError) as error:  # torch's own: a tensor that no memory can hold
+        raise ValueError(f"{kind}: no such layer can be built: {str(error).partition(chr(10))[0]}") from error
 
 
 def _tuples(value: Any) -> Any:

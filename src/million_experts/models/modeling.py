@@ -8,7 +8,9 @@ the token to one number and *up*-projects that number back, the other way round 
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from .loss import causal_language_model_loss
 from .outputs import PeerCausalLMOutput, PeerModelOutput, named_cache
 from .placement import check_places
 from .router_loss import keep_router_loss_when_smoothing, share_of_items
+from .weights import check_shapes
 
 __all__ = ["PeerCausalLMOutput", "PeerForCausalLM", "PeerModel", "PeerModelOutput", "PeerPreTrainedModel"]
 
@@ -60,6 +63,32 @@ class PeerPreTrainedModel(PreTrainedModel):
         "query_norm.running_mean",
         "query_norm.running_var",
     ]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> PeerPreTrainedModel:
+        """transformers' own; what is wrong with the weights of a local folder is said with the file's name.
+
+        Raises:
+            ValueError: a file is damaged, or its tensors have other shapes than the model.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except Exception:
+            if os.path.isdir(pretrained_model_name_or_path or ""):
+                config = kwargs.pop("config", None) or cls.config_class.from_pretrained(
+                    pretrained_model_name_or_path, **kwargs
+                )
+                with torch.device("meta"):
+                    check_shapes(Path(pretrained_model_name_or_path), cls(config))
+            raise
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Only for derived classes: transformers would save a copy of this file beside every model."""
+        if cls.__module__ != __name__:
+            super().register_for_auto_class(auto_class)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For classes outside its own tree, transformers passes over a module whose own tensors are all
