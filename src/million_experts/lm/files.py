@@ -2,11 +2,16 @@
 
 import os
 import re
+import secrets
 import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_SCRATCH = ".partial"  # begins the name of all that is being written
 
 
 class WriteError(OSError):
@@ -31,6 +36,9 @@ def explained(
         reason = None if isinstance(error, WriteError) else _why_not_written(error)
         if reason is None:
             raise
+        if isinstance(error, FileNotFoundError) and not folder.is_dir():
+            message = f"{what} could not be written: the folder {folder} was removed or renamed"
+            raise WriteError(message) from error
         place = next(path for path in (folder, *folder.parents) if os.path.exists(path))
         free = shutil.disk_usage(place).free / 1e6
         message = (
@@ -55,11 +63,11 @@ def _why_not_written(error: Exception) -> str | None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file, text as UTF-8, so that its name never stands for half of it."""
     data = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    # A name that nobody can foresee: one that is known may be a link that was laid out.
+    partial = path.with_name(f"{_SCRATCH}-{secrets.token_hex(8)}-{path.name}")
     with explained(path.name, path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(partial, "wb") as file:
+            with open(partial, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -74,15 +82,59 @@ def save_whole(save: Callable[[str], Any], folder: Path, what: str = "files") ->
     Raises:
         WriteError: `what` it saves could not be written; nothing in `folder` is half of it.
     """
-    partial = folder / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    with explained(what, folder):
-        try:
-            save(str(partial))
-            for file in sorted(partial.iterdir()):
-                os.replace(file, folder / file.name)
-        finally:  # half a model would take the room that is to be made
-            shutil.rmtree(partial, ignore_errors=True)
+    with explained(what, folder), scratch_folder(folder) as partial:
+        save(str(partial))
+        settle(partial)
+        for file in sorted(partial.iterdir()):
+            os.replace(file, folder / file.name)
+        sync(folder)
+
+
+@contextmanager
+def scratch_folder(folder: Path, name: str = "") -> Iterator[Path]:
+    """A new folder inside `folder` that nobody else may enter; it is removed with what is left in it.
+
+    A killed process leaves it behind, for `remove_scratch`.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}-{name}", dir=folder))
+    try:
+        yield scratch
+    finally:  # half a model would take the room that is to be made
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_scratch(folder: Path, name: str = "") -> None:
+    """Removes what killed processes were writing in `folder`; nobody else may be writing there now."""
+    for path in folder.glob(f"{_SCRATCH}*" if name == "" else f"{_SCRATCH}-{name}*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def settle(folder: Path) -> None:
+    """Puts the files below `folder` on the disk, with the mode that new files have here.
+
+    Some writers, safetensors among them, make files that only their owner may read.
+    """
+    probe = folder / f"{_SCRATCH}-mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for root, _, names in os.walk(folder):
+        for name in names:
+            os.chmod(Path(root) / name, mode)
+            sync(Path(root) / name)
+        sync(Path(root))
+
+
+def sync(path: Path) -> None:
+    """Puts a file, or the names in a folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def make_folder(argument: str, folder: Path) -> None:

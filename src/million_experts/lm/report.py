@@ -19,11 +19,10 @@ from million_experts.lm.files import write_whole
 from million_experts.lm.generation import TEMPERATURE, write_sample
 from million_experts.lm.ngram import bigram_nats, unigram_nats
 from million_experts.lm.packing import TokenStream
+from million_experts.lm.run_folder import RESULTS_FILE
 from million_experts.lm.scoring import Score, score_documents
 from million_experts.lm.settings import TrainSettings
 from million_experts.models import PeerForCausalLM, count_parameters
-
-RESULTS_FILE = "results.json"
 
 
 def measure(
@@ -90,6 +89,38 @@ def measure(
         usage_figure(usages, f"{run.name}: experts used on the test split", run / "expert_usage.png")
         results["figures"].append(str(run / "expert_usage.png"))
     write_whole(run / RESULTS_FILE, json.dumps(results, indent=1))
+    return results
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """What `measure` wrote to a run's folder.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = run / RESULTS_FILE
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it and measure again by --resume") from error
+    if not isinstance(results, dict):
+        raise ValueError(f"{path} is damaged: it must hold figures by name, got {type(results).__name__}")
+    return results
+
+
+def show_results(run: Path, console: Console) -> dict[str, Any]:
+    """Prints what `measure` wrote to a run's folder, and returns it.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    results = read_results(run)
+    try:
+        print_results(results, console)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{run / RESULTS_FILE} is damaged ({error!r}): remove it and measure again by --resume"
+        ) from error
     return results
 
 
