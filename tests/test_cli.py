@@ -28,11 +28,12 @@ from typer.testing import CliRunner
 from million_experts import cli
 from million_experts.layers import ExpertUsage
 from million_experts.lm import training
+from million_experts.lm.checkpoints import check_checkpoint, list_checkpoints
 from million_experts.lm.corpora import load_corpora
 from million_experts.lm.packing import tokenize_documents
 from million_experts.lm.scoring import score_documents
 from million_experts.lm.settings import FIELD_TYPES, TrainSettings, load_preset, preset_names
-from million_experts.lm.trainer import LanguageModelTrainer, check_checkpoint, list_checkpoints
+from million_experts.lm.trainer import LanguageModelTrainer
 from million_experts.models import PeerConfig, PeerForCausalLM
 
 WORDS = (
@@ -73,6 +74,7 @@ def _own_caches(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         patch.setenv("HF_DATASETS_CACHE", folder)
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # where resumed runs keep their tokens
         yield
 
 
@@ -612,14 +614,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(uninterrupted, tmp_path):
     kill(folder, own, log, lambda: newest(own) > first, delay=random.random() * 0.2)
     second = newest(own)
     assert second > first
-    partial = own / ".partial-checkpoint"
-    kill(folder, own, log, lambda: newest(own) > second and list(partial.glob("*/model.safetensors")))
+    halves = ".partial-checkpoint-*/*/model.safetensors"
+    kill(folder, own, log, lambda: newest(own) > second and list(own.glob(halves)))
     result = train(folder, own, "--resume")
     assert result.exit_code == 0, result.output
     assert f"Going on from {own / 'checkpoint-'}" in result.stdout
     assert list(losses(run)) == list(range(1, STEPS + 1))
     assert losses(own) == losses(run)
-    assert not partial.exists()
+    assert not list(own.glob(".*"))
 
 
 @pytest.mark.slow
@@ -679,13 +681,34 @@ def test_evaluate_measures_other_text(run, folder):
     assert f"Scoring {len(stream):,} tokens: {other}" in result.stderr
 
 
-def test_text_is_cached_where_the_run_keeps_it(run, folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(folder / "home"))
-    write_documents(folder / "third.jsonl", 5, seed=2)
-    before = set((folder / "cache").iterdir())
-    assert invoke("evaluate", run, "--data", folder / "third.jsonl", "--json").exit_code == 0
-    assert len(set((folder / "cache").iterdir()) - before) == 1
-    assert not (folder / "home").exists()
+def kept(cache):
+    return {path.name for path in cache.iterdir()} if cache.exists() else set()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "inspect", "train"])
+def test_text_is_cached_where_the_user_says_and_not_where_settings_do(
+    copy_of, folder, tmp_path, monkeypatch, command
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    default = tmp_path / "home" / ".cache" / "million-experts"
+    settings = TrainSettings.load(copy_of / "settings.yaml")
+    settings.cache_dir = str(tmp_path / "strangers")
+    settings.save(copy_of / "settings.yaml")
+    arguments = [command, copy_of] if command != "train" else [command, "--output-dir", copy_of, "--resume"]
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    streams = kept(default)
+    assert len(streams) == (3 if command == "train" else 1)
+    (copy_of / "results.json").unlink(missing_ok=True)
+    result = invoke(*arguments, "--cache-dir", tmp_path / "mine")
+    assert result.exit_code == 0, result.output
+    assert kept(tmp_path / "mine") == streams
+    if command == "train":
+        (copy_of / "results.json").unlink()
+    elif command == "evaluate":
+        invoke(*arguments, "--data", folder / "other.jsonl", "--cache-dir", tmp_path / "mine")
+        assert len(kept(tmp_path / "mine")) == 2
+    assert not (tmp_path / "strangers").exists()
 
 
 def test_generate_is_repeatable(run):

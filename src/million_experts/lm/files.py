@@ -37,7 +37,7 @@ def explained(
         if reason is None:
             raise
         if isinstance(error, FileNotFoundError) and not folder.is_dir():
-            message = f"{what} could not be written: the folder {folder} was removed or renamed"
+            message = f"{what} could not be written: the folder {folder} is not there, or no longer"
             raise WriteError(message) from error
         place = next(path for path in (folder, *folder.parents) if os.path.exists(path))
         free = shutil.disk_usage(place).free / 1e6

@@ -219,6 +219,7 @@ class TrainSettings:
 
     def save(self, path: Path) -> None:
         """Writes the settings as YAML, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
 
     @classmethod
