@@ -1,5 +1,6 @@
 """Files that are whole or not there; what keeps them from being written is said in a line."""
 
+import errno
 import os
 import re
 import secrets
@@ -39,12 +40,24 @@ def explained(
         if isinstance(error, FileNotFoundError) and not folder.is_dir():
             message = f"{what} could not be written: the folder {folder} is not there, or no longer"
             raise WriteError(message) from error
-        place = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-        free = shutil.disk_usage(place).free / 1e6
-        message = (
-            f"{what} could not be written to {folder}: {reason}; {free:,.1f} MB are free there. {advice}"
-        )
-        raise WriteError(message) from error
+        raise WriteError(
+            f"{what} could not be written to {folder}: {reason}; {_room(folder, error)}. {advice}"
+        ) from error
+
+
+def _room(folder: Path, error: Exception) -> str:
+    """What there is left of what a write takes."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "this process may open no more files at once (ulimit -n)"
+    place = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    try:
+        disk = os.statvfs(place)
+    except OSError:
+        return "the disk does not answer"
+    free = f"{disk.f_bavail * disk.f_frsize / 1e6:,.1f} MB are free there"
+    if disk.f_files > 0 and disk.f_favail < 1000:  # of its inodes, which are what df -i shows
+        return f"{free}, in at most {disk.f_favail} more files (df -i)"
+    return free
 
 
 def _why_not_written(error: Exception) -> str | None:
@@ -54,7 +67,13 @@ def _why_not_written(error: Exception) -> str | None:
         return error.strerror or text
     if number := re.search(r"\(os error (\d+)\)", text):  # safetensors and tokenizers, both written in Rust
         return os.strerror(int(number[1]))
-    # torch loses the reason: "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534".
+    if isinstance(error, RuntimeError) and (
+        opened := re.search(
+            r"open file failed with strerror: (.+)|(Parent directory .+ does not exist)", text
+        )
+    ):
+        return opened[1] or opened[2]
+    # Later torch loses the reason: "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534".
     if isinstance(error, RuntimeError) and re.search(r"unexpected pos \d|StreamWriter|iostream", text):
         return "not all of it was taken"
     return None

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from million_experts.lm.files import WriteError, remove_scratch, write_whole
+from million_experts.lm.files import WriteError, explained, remove_scratch, write_whole
 from million_experts.lm.locks import locked
 from million_experts.lm.settings import SETTINGS_FILE, TrainSettings
 
@@ -71,6 +71,9 @@ def hold(run: Path) -> Iterator[Callable[[], None]]:
             stack.enter_context(locked(run / LOCK_FILE, timeout=0))
         except TimeoutError as error:
             raise RunInUseError(_in_use(run)) from error
+        except OSError:
+            with explained("the lock of the run", run):
+                raise
         remove_scratch(run)
         mine = {
             "process": os.getpid(),
