@@ -292,7 +292,10 @@ BROKEN = {
     "binary.jsonl": (RANDOM, "binary.jsonl' cannot be read as json: "),
     "binary.json.gz": (RANDOM, "binary.json.gz is not a whole gzip file"),
     "binary.parquet": (RANDOM, "binary.parquet' cannot be read as parquet: "),
-    "zeros.jsonl": (bytes(1000), "zeros.jsonl' cannot be read as json: it holds no rows"),
+    "zeros.txt": (bytes(1000), "zeros.txt begins with a zero byte"),
+    "zeros.jsonl": (bytes(1000), "zeros.jsonl begins with a zero byte"),
+    "zeros.parquet": (bytes(1000), "zeros.parquet begins with a zero byte"),
+    "late_zeros.jsonl": (b"\n" + bytes(1000), "late_zeros.jsonl' cannot be read as json: "),
     "deep.json": (b"[" * 100_000, "deep.json' cannot be read as json: "),
 }
 

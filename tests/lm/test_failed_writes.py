@@ -450,9 +450,11 @@ def with_ever_more_files(disk, straight, first, stride):
 
 
 def test_a_disk_that_takes_no_more_files(straight, tmp_path):
-    done = on_a_disk_of_its_own(tmp_path / "disk", straight, 2, 23, program=FEW_FILES)
+    done = on_a_disk_of_its_own(tmp_path / "disk", straight, 8, 23, program=FEW_FILES)
     assert done.returncode == 0, done.stderr
-    assert {"documents", "tokens"} <= set(done.stdout.splitlines()), done.stdout
+    failed = done.stdout.splitlines()
+    assert failed[0] == "documents"
+    assert len(failed) > 1, "it was always the same that failed"
 
 
 @pytest.mark.slow
@@ -480,9 +482,9 @@ def test_other_errors_pass_as_they_are(tmp_path, error):
 
 
 def test_too_many_open_files_are_not_for_want_of_room(tmp_path):
-    with pytest.raises(WriteError, match=r"Too many open files; this process may open no more files at once"):
-        with explained("a file", tmp_path):
-            raise OSError(24, "Too many open files")
+    message = r"Too many open files; this process may open no more files at once \(ulimit -n\)"
+    with pytest.raises(WriteError, match=message), explained("a file", tmp_path):
+        raise OSError(24, "Too many open files")
 
 
 @pytest.mark.parametrize(
@@ -504,9 +506,12 @@ def test_what_torch_says_of_a_failed_write_is_understood(tmp_path, text, reason)
 
 
 def test_a_folder_that_was_removed_wants_no_room(tmp_path):
-    with pytest.raises(
-        WriteError, match=r"could not be written: the folder \S+/a is not there, or no longer$"
-    ), explained("a file", tmp_path / "a"):
+    with (
+        pytest.raises(
+            WriteError, match=r"could not be written: the folder \S+/a is not there, or no longer$"
+        ),
+        explained("a file", tmp_path / "a"),
+    ):
         (tmp_path / "a" / "b").write_text("")
 
 

@@ -207,6 +207,7 @@ def _load_files(source: str, text_column: str) -> Dataset:
     by_builder: dict[str | None, list[str]] = {}
     for path in _find_files(source):
         if path.stat().st_size > 0:
+            _refuse_zeros(path)
             by_builder.setdefault(BUILDERS[_file_type(path)], []).append(str(path.absolute()))
     parts = [Dataset.from_dict({"text": []}, features=FEATURES)]
     for builder, paths in by_builder.items():
@@ -293,6 +294,13 @@ def _read_texts(stamps: Sequence[Stamp], version: int) -> Iterator[dict[str, str
 
 def _open(path: str) -> BufferedIOBase:
     return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")
+
+
+def _refuse_zeros(path: Path) -> None:
+    """What a crash left of a file is often its length: readers of JSON take that for no rows."""
+    with open(path, "rb") as file:
+        if file.read(1) == b"\0":
+            raise ValueError(f"data file {path} begins with a zero byte: it is damaged, or it is no text")
 
 
 def _check_gzip(path: str) -> None:

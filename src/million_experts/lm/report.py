@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def measure(
     training_seconds: float,
     resumed_from_step: int = 0,
     processes: int = 1,
+    check_folder: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Measures a trained model on the test split, which nothing has been chosen by.
 
@@ -43,6 +45,7 @@ def measure(
         training_seconds: of this process; `resumed_from_step` says whether others trained before.
         resumed_from_step: step of the checkpoint that this process went on from, 0 for none.
         processes: that trained together.
+        check_folder: called before anything is written; it raises where the folder is no longer the run's.
 
     Returns:
         What it writes to the run's `results.json`, beside the figures.
@@ -76,6 +79,7 @@ def measure(
         "history": history,
         "figures": [str(run / "loss.png"), str(run / "resources.png")],
     }
+    check_folder()
     lines = {name: row["bits_per_byte"] for name, row in results["yardsticks"].items()}
     loss_figure(
         history,

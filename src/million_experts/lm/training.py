@@ -148,7 +148,18 @@ def _train(
         save_whole(trained.save_pretrained, run, "the model")
         with console.status("measuring on the test split"):
             history = trainer.state.log_history
-            results = measure(settings, run, trained, tokenizer, streams, history, seconds, step, processes)
+            results = measure(
+                settings,
+                run,
+                trained,
+                tokenizer,
+                streams,
+                history,
+                seconds,
+                step,
+                processes,
+                check_folder,
+            )
         print_results(results, console)
     ranks.wait_for_everyone()
     return read_results(run)
