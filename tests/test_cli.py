@@ -718,11 +718,10 @@ def test_a_strangers_text_does_not_steer_the_terminal(run, folder, tmp_path):
         assert "x1b" in output or "u001b" in output
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_training_shows_on_a_terminal_that_is_not_utf8(folder, tmp_path, encoding):
+def test_training_shows_on_a_terminal_that_is_not_utf8(folder, tmp_path):
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ.update(PYTHONIOENCODING=encoding, LANG="C", TERM="xterm")
+        os.environ.update(PYTHONIOENCODING="ascii", LANG="C", TERM="xterm")
         options = ["train", "--preset", str(folder / "tiny.yaml"), "--output-dir", str(tmp_path / "run")]
         os.execv(sys.executable, [sys.executable, "-m", "million_experts.cli", *options, "--steps", "4"])
     written = b""
