@@ -321,14 +321,14 @@ print(cpu.OPENMP)
 """
 
 
-def test_without_proc_the_kernels_find_their_threads():
+def test_without_proc_the_kernels_find_their_threads(cpu):
     done = subprocess.run([sys.executable, "-c", WITHOUT_PROC], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{cpu.OPENMP}\n"
     assert cpu.OPENMP is not None
 
 
-def test_memory_is_anonymous_where_it_maps_no_file(tmp_path):
+def test_memory_is_anonymous_where_it_maps_no_file(cpu, tmp_path):
     assert cpu._is_anonymous(torch.zeros(2**20).data_ptr())
     (tmp_path / "file").write_bytes(bytes(2**16))
     mapped = torch.from_file(str(tmp_path / "file"), size=2**14)
