@@ -6,9 +6,11 @@ import gc
 import json
 import multiprocessing
 import os
+import pty
 import random
 import re
 import runpy
+import select
 import shlex
 import shutil
 import signal
@@ -27,12 +29,13 @@ from typer.testing import CliRunner
 
 from million_experts import cli
 from million_experts.layers import ExpertUsage
-from million_experts.lm import training
+from million_experts.lm import report, training
+from million_experts.lm.checkpoints import check_checkpoint, list_checkpoints
 from million_experts.lm.corpora import load_corpora
 from million_experts.lm.packing import tokenize_documents
 from million_experts.lm.scoring import score_documents
 from million_experts.lm.settings import FIELD_TYPES, TrainSettings, load_preset, preset_names
-from million_experts.lm.trainer import LanguageModelTrainer, check_checkpoint, list_checkpoints
+from million_experts.lm.trainer import LanguageModelTrainer
 from million_experts.models import PeerConfig, PeerForCausalLM
 
 WORDS = (
@@ -73,6 +76,7 @@ def _own_caches(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
         patch.setenv("HF_DATASETS_CACHE", folder)
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # where resumed runs keep their tokens
         yield
 
 
@@ -480,7 +484,9 @@ SERVER = multiprocessing.get_context(
 )  # one process imports everything; its children start at once
 
 
-def _command(arguments, log):
+def _command(arguments, log, ignored):
+    if ignored is not None:
+        signal.signal(ignored, signal.SIG_IGN)
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -491,10 +497,10 @@ def _command(arguments, log):
     cli.app(arguments)
 
 
-def start(folder, run, log, *arguments):
+def start(folder, run, log, *arguments, ignored=None):
     SERVER.set_forkserver_preload(["million_experts.lm.training", "million_experts.cli"])
     options = ["train", "--preset", folder / "tiny.yaml", "--output-dir", run, *arguments]
-    process = SERVER.Process(target=_command, args=([str(option) for option in options], str(log)))
+    process = SERVER.Process(target=_command, args=([str(option) for option in options], str(log), ignored))
     process.start()
     return process
 
@@ -551,6 +557,182 @@ def test_sigterm_saves_too(folder, tmp_path):
     stop = re.search(r"Stopped after step (\d+) of", log.read_text())
     assert stop
     assert newest(own) == int(stop[1])
+
+
+def test_sighup_saves_too_unless_it_is_ignored(folder, tmp_path):
+    own, log = tmp_path / "run", tmp_path / "log"
+    process = start(folder, own, log)
+    wait_for(lambda: newest(own) >= 2, process)
+    os.kill(process.pid, signal.SIGHUP)
+    process.join(60)
+    assert process.exitcode == 130, log.read_text()
+    stop = re.search(r"Stopped after step (\d+) of", log.read_text())
+    assert stop
+    assert newest(own) == int(stop[1]) < STEPS
+    process = start(folder, own, log, "--resume", ignored=signal.SIGHUP)  # as under nohup
+    wait_for(lambda: "Going on from" in log.read_text(), process)
+    while process.exitcode is None:
+        os.kill(process.pid, signal.SIGHUP)
+        process.join(0.1)
+    assert process.exitcode == 0, log.read_text()
+    assert (own / "results.json").exists()
+
+
+def test_the_end_of_the_terminal_saves_too(folder, tmp_path):
+    own = tmp_path / "run"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        options = ["train", "--preset", str(folder / "tiny.yaml"), "--output-dir", str(own)]
+        os.execv(sys.executable, [sys.executable, "-m", "million_experts.cli", *options])
+    end = time.monotonic() + 120
+    while newest(own) < 2:
+        assert time.monotonic() < end
+        if select.select([terminal], [], [], 0.01)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)  # whoever watched is gone: the system sends SIGHUP, and writing there fails
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert 2 <= newest(own) < STEPS
+    check_checkpoint(own / f"checkpoint-{newest(own)}", PeerForCausalLM.from_pretrained(own / "checkpoint-2"))
+    result = invoke("train", "--output-dir", own, "--resume")
+    assert result.exit_code == 0, result.output
+    assert list(losses(own)) == list(range(1, STEPS + 1))
+
+
+def test_a_second_process_is_refused_and_harms_nothing(folder, run, tmp_path):
+    own, log = tmp_path / "run", tmp_path / "log"
+    process = start(folder, own, log)
+    wait_for((own / "settings.yaml").exists, process)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        for arguments in ([], ["--resume"]):
+            message = message_of(train(folder, own, *arguments), 1)
+            assert "already holds a run" in message if not arguments else f"{own} is in use" in message
+        assert f"is in use: process {process.pid} on " in message
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    process.join(120)
+    assert process.exitcode == 0, log.read_text()
+    assert losses(own) == losses(run)
+    assert not list(own.glob(".*"))
+
+
+def test_of_processes_that_begin_together_one_trains(folder, run, tmp_path):
+    own, logs = tmp_path / "run", [tmp_path / f"log{i}" for i in range(3)]
+    processes = [start(folder, own, log, "--resume") for log in logs]
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    for code, log in zip(codes, logs, strict=True):
+        output = log.read_text()
+        assert code == 0 or f"Error output_dir {own} is in use: " in output, output
+        assert "Traceback" not in output
+    assert 0 in codes
+    assert losses(own) == losses(run), "no step was taken twice"
+    assert not list(own.glob(".*"))
+
+
+@pytest.mark.parametrize("how", ["removed", "renamed", "replaced by another run"])
+@pytest.mark.parametrize("when", ["before a checkpoint", "at the end"])
+def test_a_folder_removed_while_it_is_trained_in_is_an_error(folder, run, tmp_path, monkeypatch, how, when):
+    own, step, score = tmp_path / "run", LanguageModelTrainer.training_step, report.score_documents
+
+    def remove():
+        if how == "renamed":
+            own.rename(tmp_path / "elsewhere")
+        else:
+            shutil.rmtree(own)
+        if how == "replaced by another run":
+            shutil.copytree(run, own)
+
+    def removing(self, *arguments):
+        if self.state.global_step == 3 and when == "before a checkpoint":
+            remove()
+        return step(self, *arguments)
+
+    def removing_at_the_end(*arguments, **options):
+        remove()
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(LanguageModelTrainer, "training_step", removing)
+    if when == "at the end":
+        monkeypatch.setattr(report, "score_documents", removing_at_the_end)
+    message = message_of(train(folder, own, "--report-to", "tensorboard", "--steps", "8"), 1)
+    assert str(own) in message
+    assert (
+        "was removed, renamed or given to another run" in message or "is not there, or no longer" in message
+    )
+    if how == "replaced by another run":
+        assert contents(own) == contents_of_copy(run, own)
+    else:
+        assert not own.exists()
+
+
+def contents_of_copy(run, copy):
+    return {copy / path.relative_to(run): content for path, content in contents(run).items()}
+
+
+def test_a_link_in_a_strangers_run_moves_nothing(copy_of, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    (copy_of / ".partial").symlink_to(mine)
+    before = contents(copy_of)
+    message = message_of(invoke("train", "--output-dir", copy_of, "--resume"), 1)
+    assert f"output_dir {copy_of} holds .partial, which is a link to {mine}" in message
+    assert (mine / "thesis.txt").read_text() == "mine"
+    assert contents(copy_of) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"test": 3}', b"[" * 10**5, b"\xff"])
+@pytest.mark.parametrize("name", ["results.json", "splits.json"])
+def test_damaged_files_of_a_run_are_named(run, tmp_path, name, content):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / name).write_bytes(content)
+    if name == "splits.json":
+        (copy / "results.json").unlink()
+    message = message_of(invoke("train", "--output-dir", copy, "--resume"), 1)
+    assert f"{copy / name} is damaged" in message
+
+
+def test_a_strangers_text_does_not_steer_the_terminal(run, folder, tmp_path):
+    evil = shutil.copytree(run, tmp_path / "ev\x1b[31mil")
+    results = json.loads((evil / "results.json").read_text())
+    results["sample"] = results["parameters"]["label"] = "\x1b]0;title\x07\x9b2J\u202e"
+    results["figures"] = ["\x1b[2J"]
+    (evil / "results.json").write_text(json.dumps(results))
+    odd = tmp_path / "te\x1b[2Jxt.jsonl"
+    odd.write_text((folder / "other.jsonl").read_text())
+    for arguments in (
+        ["train", "--output-dir", evil, "--resume"],
+        ["evaluate", evil, "--data", odd],
+        ["evaluate", evil, "--data", odd, "--json"],
+        ["inspect", evil, "--data", odd],
+        ["generate", evil, "--prompt", "\x1b[31m", "--max-new-tokens", 3],
+        ["info", evil],
+        ["info", tmp_path / "\x1b[31mnothing"],
+    ):
+        output = invoke(*arguments).output
+        assert "Traceback" not in output
+        assert not re.search("[\x1b\x07\x9b\u202e]", output), arguments
+        assert "x1b" in output or "u001b" in output
+
+
+def test_training_shows_on_a_terminal_that_is_not_utf8(folder, tmp_path):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(PYTHONIOENCODING="ascii", LANG="C", TERM="xterm")
+        options = ["train", "--preset", str(folder / "tiny.yaml"), "--output-dir", str(tmp_path / "run")]
+        os.execv(sys.executable, [sys.executable, "-m", "million_experts.cli", *options, "--steps", "4"])
+    written = b""
+    while True:
+        try:
+            written += os.read(terminal, 65536)
+        except OSError:
+            break
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, written
+    assert b"Sample" in written
 
 
 def test_ctrl_c_before_training_is_no_traceback(folder, tmp_path, monkeypatch):
@@ -612,14 +794,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(uninterrupted, tmp_path):
     kill(folder, own, log, lambda: newest(own) > first, delay=random.random() * 0.2)
     second = newest(own)
     assert second > first
-    partial = own / ".partial-checkpoint"
-    kill(folder, own, log, lambda: newest(own) > second and list(partial.glob("*/model.safetensors")))
+    halves = ".partial-checkpoint-*/*/model.safetensors"
+    kill(folder, own, log, lambda: newest(own) > second and list(own.glob(halves)))
     result = train(folder, own, "--resume")
     assert result.exit_code == 0, result.output
     assert f"Going on from {own / 'checkpoint-'}" in result.stdout
     assert list(losses(run)) == list(range(1, STEPS + 1))
     assert losses(own) == losses(run)
-    assert not partial.exists()
+    assert not list(own.glob(".*"))
 
 
 @pytest.mark.slow
@@ -679,13 +861,34 @@ def test_evaluate_measures_other_text(run, folder):
     assert f"Scoring {len(stream):,} tokens: {other}" in result.stderr
 
 
-def test_text_is_cached_where_the_run_keeps_it(run, folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(folder / "home"))
-    write_documents(folder / "third.jsonl", 5, seed=2)
-    before = set((folder / "cache").iterdir())
-    assert invoke("evaluate", run, "--data", folder / "third.jsonl", "--json").exit_code == 0
-    assert len(set((folder / "cache").iterdir()) - before) == 1
-    assert not (folder / "home").exists()
+def kept(cache):
+    return {path.name for path in cache.iterdir()} if cache.exists() else set()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "inspect", "train"])
+def test_text_is_cached_where_the_user_says_and_not_where_settings_do(
+    copy_of, folder, tmp_path, monkeypatch, command
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    default = tmp_path / "home" / ".cache" / "million-experts"
+    settings = TrainSettings.load(copy_of / "settings.yaml")
+    settings.cache_dir = str(tmp_path / "strangers")
+    settings.save(copy_of / "settings.yaml")
+    arguments = [command, copy_of] if command != "train" else [command, "--output-dir", copy_of, "--resume"]
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    streams = kept(default)
+    assert len(streams) == (3 if command == "train" else 1)
+    (copy_of / "results.json").unlink(missing_ok=True)
+    result = invoke(*arguments, "--cache-dir", tmp_path / "mine")
+    assert result.exit_code == 0, result.output
+    assert kept(tmp_path / "mine") == streams
+    if command == "train":
+        (copy_of / "results.json").unlink()
+    elif command == "evaluate":
+        invoke(*arguments, "--data", folder / "other.jsonl", "--cache-dir", tmp_path / "mine")
+        assert len(kept(tmp_path / "mine")) == 2
+    assert not (tmp_path / "strangers").exists()
 
 
 def test_generate_is_repeatable(run):

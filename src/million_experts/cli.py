@@ -1,36 +1,37 @@
 """The command line, `million-experts`. Commands import what they need when they run, so help is quick."""
 
 import dataclasses
-import inspect as python_inspect
 import json
 import re
-import threading
-import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
     import yaml
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from million_experts._terminal import (
+        Terminal,
+        errors,
+        escape_what_cannot_be_encoded,
+        printable,
+        user_errors,
+    )
 except ImportError as error:
     raise SystemExit(
         f'the command line needs {error.name}: pip install "million-experts[train,data]"'
     ) from error
 
 from million_experts.benchmarks.command import bench
+from million_experts.lm.command import train_command
 from million_experts.lm.settings import (
     DEFAULT_CACHE,
-    FIELD_TYPES,
     SETTINGS_FILE,
     TrainSettings,
     load_preset,
-    parse_arguments,
     preset_names,
 )
 from million_experts.studies import command as studies
@@ -41,15 +42,21 @@ if TYPE_CHECKING:
     from million_experts.lm.packing import TokenStream
     from million_experts.lm.scoring import Score
 
-app = typer.Typer(
+
+class _App(typer.Typer):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        escape_what_cannot_be_encoded()
+        return super().__call__(*args, **kwargs)
+
+
+app = _App(
     help="Language models with a million tiny experts: train, measure and use them.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
-errors = Console(stderr=True)
+console = Terminal()
 
 Model = Annotated[str, typer.Argument(help="Folder of a run or of any saved causal language model.")]
 Data = Annotated[
@@ -62,114 +69,11 @@ TextColumn = Annotated[str, typer.Option(help="Column of the text in JSONL, Parq
 MaxDocuments = Annotated[
     int | None, typer.Option(min=1, help="With --data: the first so many documents of each corpus alone.")
 ]
+CacheDir = Annotated[str, typer.Option(help="Folder of tokenised text.")]
 BatchTokens = Annotated[int, typer.Option(help="Most tokens of a batch; fewer take less memory.")]
 Context = Annotated[
     int | None, typer.Option(help="Most tokens the model sees at once; by default what it was made for.")
 ]
-
-
-def _train(preset: str | None, resume: bool, **options: Any) -> None:
-    """Train a language model on real text, from a preset and options; end with figures and a sample.
-
-    Presets: PRESETS; [bold]million-experts info PRESET[/bold] shows what is in one. Every setting can be
-    replaced by its option; [bold]none[/bold] empties those that may be empty.
-
-    [bold]million-experts train[/bold] trains the demo; [bold]--mlp-layer-types dense[/bold] trains the same
-    model without experts.
-    """
-    overrides = {name: value for name, value in options.items() if value not in (None, [])}
-    for name, value in overrides.items():
-        allowed = typing.get_args(FIELD_TYPES[name])
-        if type(None) in allowed and value == "none":
-            overrides[name] = None
-        elif type(None) in allowed and str not in allowed:
-            overrides[name] = _number(value)
-    for name, kind in FIELD_TYPES.items():
-        if name in overrides and typing.get_origin(kind) is dict:
-            overrides[name] = _parse_arguments(name, overrides[name])
-    if kinds := overrides.get("mlp_layer_types"):
-        overrides["mlp_layer_types"] = [k.strip() for k in kinds.split(",")] if "," in kinds else kinds
-    with _user_errors():
-        from million_experts.lm.training import train
-
-        run = overrides.get("output_dir")
-        stored = Path(run or "") / SETTINGS_FILE
-        if resume and run and preset is None and stored.exists():
-            settings = TrainSettings.load(stored)
-        else:
-            if resume and run and not stored.exists():
-                console.print(f"nothing to resume in {run}: starting", markup=False, soft_wrap=True)
-            settings = load_preset(preset or "demo")
-        train(settings.with_overrides(overrides), resume=resume, console=console)
-
-
-def _train_command() -> Callable[..., None]:
-    """`_train` with an option for every field of `TrainSettings`, documented by the field."""
-    signature = {
-        "preset": Annotated[
-            str | None,
-            typer.Option(
-                help=f"One of {', '.join(preset_names())}, or a YAML file of settings; demo by default."
-            ),
-        ],
-        "resume": Annotated[
-            bool,
-            typer.Option(
-                "--resume",
-                help="Go on from the newest checkpoint in --output-dir; start there if there is none.",
-            ),
-        ],
-    }
-    defaults: dict[str, Any] = {"preset": None, "resume": False}
-    for name, field in TrainSettings.__dataclass_fields__.items():
-        kind = _option_type(FIELD_TYPES[name])
-        option = typer.Option(
-            help=field.metadata["help"], rich_help_panel=field.metadata["panel"], show_default=False
-        )
-        signature[name] = Annotated[kind | None, option]
-        defaults[name] = None
-
-    def command(**options: Any) -> None:
-        _train(**options)
-
-    command.__signature__ = python_inspect.Signature(  # type: ignore[attr-defined]
-        [
-            python_inspect.Parameter(
-                name, python_inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation
-            )
-            for name, annotation in signature.items()
-        ]
-    )
-    command.__annotations__ = signature
-    command.__doc__ = (_train.__doc__ or "").replace("PRESETS", ", ".join(preset_names()))
-    return command
-
-
-def _option_type(kind: Any) -> Any:
-    """What the command line reads for a field: a list or dict is a repeated option, None is "none"."""
-    if typing.get_origin(kind) in (list, dict):
-        return list[str]
-    return str if isinstance(kind, UnionType) else kind
-
-
-def _number(text: str) -> Any:
-    """The number that a text spells, or the text."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
-
-
-def _parse_arguments(name: str, pairs: list[str]) -> dict[str, Any]:
-    try:
-        return parse_arguments(pairs)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=f"--{name}") from error
-
-
-app.command("train")(_train_command())
 
 
 @app.command()
@@ -180,12 +84,13 @@ def evaluate(
     max_documents: MaxDocuments = None,
     context: Context = None,
     batch_tokens: BatchTokens = 8192,
+    cache_dir: CacheDir = DEFAULT_CACHE,
     json_output: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")] = False,
 ) -> None:
     """Measure perplexity and bits per byte of a model on any text."""
-    with _user_errors():
+    with user_errors():
         language_model, tokenizer = _load(model)
-        stream, source = _stream(model, tokenizer, data, text_column, max_documents)
+        stream, source = _stream(model, tokenizer, data, text_column, max_documents, cache_dir)
         score = _score(language_model, stream, source, context, batch_tokens)
         figures = {
             "data": source,
@@ -220,14 +125,14 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Write text with a model."""
-    with _user_errors():
+    with user_errors():
         from million_experts.lm.generation import write_sample
         from million_experts.lm.loading import said_of
 
         language_model, tokenizer = _load(model)
         with said_of(model, "something that text cannot be written with"):
             text = write_sample(language_model, tokenizer, prompt, max_new_tokens, seed, temperature, top_p)
-        typer.echo(text)
+        typer.echo(printable(text, sys.stdout.encoding))
 
 
 @app.command()
@@ -238,13 +143,14 @@ def inspect(
     max_documents: MaxDocuments = None,
     context: Context = None,
     batch_tokens: BatchTokens = 8192,
+    cache_dir: CacheDir = DEFAULT_CACHE,
     figure: Annotated[
         Path | None,
         typer.Option(help="Where the PNG goes; by default the model's folder, under the name of --data."),
     ] = None,
 ) -> None:
     """Show how a model uses its experts: usage and unevenness as in the paper, by layer and head."""
-    with _user_errors():
+    with user_errors():
         from contextlib import ExitStack
 
         from million_experts.layers import ExpertUsage
@@ -255,7 +161,7 @@ def inspect(
         layers = retrieval_layers(language_model)
         if not layers:
             raise ValueError(f"model {model} has no PEER layer to inspect")
-        stream, source = _stream(model, tokenizer, data, text_column, max_documents)
+        stream, source = _stream(model, tokenizer, data, text_column, max_documents, cache_dir)
         with ExitStack() as stack:
             usages = {name: stack.enter_context(ExpertUsage(layer)) for name, layer in layers.items()}
             _score(language_model, stream, source, context, batch_tokens)
@@ -323,7 +229,7 @@ def info(
         table.add_row("huge pages", cpu.huge_pages())
     console.print(table)
     if model is not None:
-        with _user_errors():
+        with user_errors():
             _print_size(model)
 
 
@@ -389,6 +295,7 @@ def _stream(
     data: list[str] | None,
     text_column: str,
     max_documents: int | None,
+    cache_dir: str,
 ) -> "tuple[TokenStream, str]":
     """Tokens of the corpora, or of the test split of the run in `model`, and what to call them."""
     from million_experts.lm.data import load_stream, load_test_stream
@@ -396,13 +303,14 @@ def _stream(
     stored = Path(model) / SETTINGS_FILE
     settings = TrainSettings.load(stored) if stored.exists() else None
     if data:
-        cache_dir = DEFAULT_CACHE if settings is None else settings.cache_dir
         stream = load_stream(data, text_column, tokenizer, cache_dir, max_documents)
         return stream, ", ".join(data)
     if max_documents is not None:
         raise ValueError("max_documents goes with data, got none: the test split is scored whole")
     if settings is None:
         raise ValueError(f"data must be given: {model} is no run with a test split of its own")
+    # The settings of a run may be a stranger's: they do not say where this user's files go.
+    settings.cache_dir = cache_dir
     return load_test_stream(settings, tokenizer, Path(model)), "test split of the run"
 
 
@@ -445,36 +353,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Errors that are the user's to mend are a line on stderr, not a traceback."""
-    from million_experts.ops.backends import BackendError
-
-    # tensorboard's thread hands the main one what keeps it from writing, and would print a traceback too.
-    show = threading.excepthook
-    threading.excepthook = lambda thread: None if issubclass(thread.exc_type, OSError) else show(thread)
-    try:
-        yield
-    except (ValueError, OSError, MemoryError, FloatingPointError, BackendError) as error:
-        _fail(str(error) or type(error).__name__, 1)
-    except KeyboardInterrupt as interrupt:
-        _fail(str(interrupt) or "Interrupted", 130)
-    finally:
-        threading.excepthook = show
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    if code == 1:
-        errors.print("[bold red]Error[/bold red]", end=" ")
-    one_line = " ".join(message.split())  # some of transformers' messages are paragraphs
-    errors.print(one_line, markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(code)
-
-
-app.command("bench")(_user_errors()(bench))
+app.command("train")(user_errors()(train_command()))
+app.command("bench")(user_errors()(bench))
 study = typer.Typer(help=studies.HELP, no_args_is_help=True, rich_markup_mode="rich")
 for name, command in studies.COMMANDS.items():
-    study.command(name)(_user_errors()(command))
+    study.command(name)(user_errors()(command))
 app.add_typer(study, name="study")
 
 

@@ -15,8 +15,9 @@ import torch.distributed as dist
 import yaml
 from transformers import TrainingArguments
 
+from million_experts.lm.checkpoints import CheckpointError, check_checkpoint
 from million_experts.lm.settings import load_preset
-from million_experts.lm.trainer import CheckpointError, LanguageModelTrainer, check_checkpoint
+from million_experts.lm.trainer import LanguageModelTrainer
 from million_experts.lm.training import model_config
 from million_experts.models import PeerForCausalLM
 

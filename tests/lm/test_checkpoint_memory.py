@@ -20,8 +20,9 @@ from transformers import TrainingArguments, default_data_collator
 from transformers.utils.logging import disable_progress_bar
 from million_experts.benchmarks.memory import release, reset_peak, resident_bytes
 from million_experts.layers import peer
+from million_experts.lm.checkpoints import list_checkpoints
 from million_experts.lm.files import save_whole
-from million_experts.lm.trainer import LanguageModelTrainer, list_checkpoints
+from million_experts.lm.trainer import LanguageModelTrainer
 from million_experts.models import PeerConfig, PeerForCausalLM
 from million_experts.optim import RowwiseAdamW, parameter_groups
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import importlib.util
+import io
 import json
+import os
+import random
+import re
 import sys
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets import Dataset, IterableDataset
 
 from million_experts.lm import corpora
 from million_experts.lm.corpora import CORPORA, licenses, load_corpora, load_corpus, split_documents
+from million_experts.lm.files import WriteError
 
 
 @pytest.fixture(autouse=True)
@@ -264,3 +272,86 @@ def test_every_split_gets_a_document():
     for shares in ({"validation": 0}, {"test": -0.1}, {"test": float("nan")}):
         with pytest.raises(ValueError, match=f"{next(iter(shares))}_share must be a share above 0, got"):
             split_documents(numbered(10), seed=0, **shares)
+
+
+GZIPPED = gzip.compress(("the cat sat on the mat. " * 500).encode())
+ROWS = gzip.compress("\n".join(json.dumps({"text": f"the cat {i}"}) for i in range(1000)).encode())
+RANDOM = random.Random(0).randbytes(5000)
+BROKEN = {
+    "cut.txt.gz": (GZIPPED[:-20], "cut.txt.gz is not a whole gzip file: Compressed file ended before"),
+    "checksum.txt.gz": (
+        GZIPPED[:-8] + bytes(8),
+        "checksum.txt.gz is not a whole gzip file: CRC check failed",
+    ),
+    "inside.txt.gz": (GZIPPED[:20] + bytes(9) + GZIPPED[29:], "inside.txt.gz is not a whole gzip file: "),
+    "plain.txt.gz": (b"the cat", "plain.txt.gz is not a whole gzip file: Not a gzipped file"),
+    "begun.txt.gz": (GZIPPED[:5], "begun.txt.gz is not a whole gzip file: Compressed file ended before"),
+    "cut.jsonl.gz": (ROWS[:-20], "cut.jsonl.gz is not a whole gzip file: Compressed file ended before"),
+    "plain.jsonl.gz": (b'{"text": "a"}', "plain.jsonl.gz is not a whole gzip file: Not a gzipped file"),
+    "binary.txt": (RANDOM, "binary.txt is not UTF-8: byte 0xcd at offset 0"),
+    "binary.jsonl": (RANDOM, "binary.jsonl' cannot be read as json: "),
+    "binary.json.gz": (RANDOM, "binary.json.gz is not a whole gzip file"),
+    "binary.parquet": (RANDOM, "binary.parquet' cannot be read as parquet: "),
+    "zeros.txt": (bytes(1000), "zeros.txt begins with a zero byte"),
+    "zeros.jsonl": (bytes(1000), "zeros.jsonl begins with a zero byte"),
+    "zeros.parquet": (bytes(1000), "zeros.parquet begins with a zero byte"),
+    "late_zeros.jsonl": (b"\n" + bytes(1000), "late_zeros.jsonl' cannot be read as json: "),
+    "deep.json": (b"[" * 100_000, "deep.json' cannot be read as json: "),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("alone", [True, False])
+def test_broken_files_are_named(tmp_path, name, alone):
+    content, message = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    if not alone:
+        (tmp_path / f"a.{name.partition('.')[2]}").write_bytes(whole_file(name))
+        message = message.split("'")[-1] if "'" in message else message
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_corpus(str(tmp_path / name if alone else tmp_path))
+
+
+def whole_file(name):
+    """One of the same kind that can be read."""
+    if name.endswith(".parquet"):
+        table = pyarrow.table({"text": ["a", "b"]})
+        stream = io.BytesIO()
+        pyarrow.parquet.write_table(table, stream)
+        return stream.getvalue()
+    plain = b"the cat" if ".txt" in name else b'{"text": "the cat"}'
+    return gzip.compress(plain) if name.endswith(".gz") else plain
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop", "dead link"])
+def test_what_is_no_file_is_not_read(tmp_path, kind):
+    path = tmp_path / "text.txt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"device": "/dev/zero", "loop": path, "dead link": tmp_path / "nothing"}[kind])
+    with pytest.raises((ValueError, FileNotFoundError)) as raised:
+        load_corpus(str(path))
+    wrong = "is neither a file nor a folder" if kind in ("pipe", "device") else "does not exist"
+    assert f"data={str(path)!r} {wrong}; allowed: " in str(raised.value)
+    (tmp_path / "whole.txt").write_text("the cat")
+    assert load_corpus(str(tmp_path))["text"] == ["the cat"], "in a folder it is left out"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EROFS])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_no_room_for_the_cache_is_no_fault_of_the_text(tmp_path, monkeypatch, number, name):
+    (tmp_path / name).write_bytes(whole_file(name))
+
+    def full(*arguments, **options):
+        raise datasets.exceptions.DatasetGenerationError("of another") from OSError(
+            number, os.strerror(number)
+        )
+
+    monkeypatch.setattr(corpora, "load_dataset", full)
+    monkeypatch.setattr(corpora.Dataset, "from_generator", full)
+    expected = (
+        f"documents could not be written to {datasets.config.HF_DATASETS_CACHE}: {os.strerror(number)}; "
+    )
+    with pytest.raises(WriteError, match=re.escape(expected)):
+        load_corpus(str(tmp_path / name))

@@ -25,8 +25,9 @@ from typer.testing import CliRunner
 
 from million_experts import cli
 from million_experts.lm import report
+from million_experts.lm.checkpoints import check_checkpoint, list_checkpoints
 from million_experts.lm.files import WriteError, explained
-from million_experts.lm.trainer import LanguageModelTrainer, check_checkpoint, list_checkpoints
+from million_experts.lm.trainer import LanguageModelTrainer
 from million_experts.models import PeerConfig, PeerForCausalLM
 
 STEPS = 8
@@ -67,6 +68,7 @@ def _quick_collection():
 def _own_caches(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))  # where resumed runs keep their tokens
         yield
 
 
@@ -182,10 +184,10 @@ def test_a_checkpoint_that_finds_no_room(run, straight, monkeypatch, failing, re
     save = LanguageModelTrainer._write_checkpoint
     save_state = LanguageModelTrainer._save_rng_state
 
-    def limited(self, model, trial, folder):
+    def limited(self, model, trial, folder, scratch):
         size = {"model.safetensors": sizes["scheduler.pt"], "optimizer.pt": sizes["model.safetensors"] + 100}
         with largest_file(size.get(failing, resource.RLIM_INFINITY)):
-            save(self, model, trial, folder)
+            save(self, model, trial, folder, scratch)
 
     def save_state_then_limit(self, output_dir):
         save_state(self, output_dir)
@@ -224,7 +226,7 @@ def test_a_final_model_that_finds_no_room(run, straight, monkeypatch):
     save = PeerForCausalLM.save_pretrained
 
     def limited(self, folder, **options):
-        with largest_file(1000 if folder == str(run / ".partial") else resource.RLIM_INFINITY):
+        with largest_file(1000 if Path(folder).parent == run else resource.RLIM_INFINITY):
             save(self, folder, **options)
 
     monkeypatch.setattr(PeerForCausalLM, "save_pretrained", limited)
@@ -371,7 +373,7 @@ def fill_at_random_moments(disk, straight, pick, times):
     print(*sorted(failed), sep="\n")
 
 
-def on_a_disk_of_its_own(disk, straight, seed, times):
+def on_a_disk_of_its_own(disk, straight, *numbers, program=FILL):
     if shutil.which("unshare") is None:
         pytest.skip("util-linux's unshare makes the name space for a disk of its own")
     disk.mkdir()
@@ -386,9 +388,9 @@ def on_a_disk_of_its_own(disk, straight, seed, times):
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     command = f'{mount} && exec "$@"'
-    program = [sys.executable, "-c", FILL, str(disk), str(straight), str(seed), str(times)]
+    arguments = [sys.executable, "-c", program, str(disk), str(straight), *map(str, numbers)]
     return subprocess.run(
-        [*space, "sh", "-c", command, "sh", *program],
+        [*space, "sh", "-c", command, "sh", *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -398,16 +400,69 @@ def on_a_disk_of_its_own(disk, straight, seed, times):
 
 def test_a_disk_that_is_full_at_some_moment(straight, tmp_path):
     seed = random.randrange(10**6)
-    done = on_a_disk_of_its_own(tmp_path / "disk", straight, seed, times=2)
+    done = on_a_disk_of_its_own(tmp_path / "disk", straight, seed, 2)
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
 
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_thirty_moments(straight, tmp_path):
     seed = random.randrange(10**6)
-    done = on_a_disk_of_its_own(tmp_path / "disk", straight, seed, times=30)
+    done = on_a_disk_of_its_own(tmp_path / "disk", straight, seed, 30)
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     assert len(done.stdout.splitlines()) > 3, f"it was always the same that failed: {done.stdout}"
+
+
+# The same for the number of files: a disk may have room for bytes and none for another name.
+FEW_FILES = """
+import subprocess, sys
+from pathlib import Path
+import datasets
+import test_failed_writes as tests
+from million_experts.layers import peer
+
+peer.INIT_PAIRS = 2**12
+disk, straight = Path(sys.argv[1]), Path(sys.argv[2])
+datasets.config.HF_DATASETS_CACHE = str(disk / "datasets")
+tests.with_ever_more_files(disk, straight, int(sys.argv[3]), int(sys.argv[4]))
+"""
+
+
+def with_ever_more_files(disk, straight, first, stride):
+    report.loss_figure = report.usage_figure = lambda *arguments: None
+    failed, files = [], first
+    while True:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"nr_inodes={files}", "tmpfs", str(disk)], check=True)
+        run = disk / "run"
+        result = start(straight.parent, run, "--cache-dir", disk / "cache", "--report-to", "tensorboard")
+        if result.exit_code == 0:
+            break
+        message = message_of(result)
+        found = re.search(r"Error (.+) could not be written to .*: No space left on device; (.+)\.", message)
+        assert found or "cannot be made: No space left on device" in message, message
+        if found:
+            assert re.search(r"MB are free there, in at most \d+ more files \(df -i\)", found[2]), message
+            failed.append(re.sub(r"\d+", "N", found[1]))
+        assert not list(run.glob(".*")), "half of it takes room"
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+        files += stride
+    assert losses(run) == losses(straight)
+    print(*dict.fromkeys(failed), sep="\n")
+
+
+def test_a_disk_that_takes_no_more_files(straight, tmp_path):
+    done = on_a_disk_of_its_own(tmp_path / "disk", straight, 8, 23, program=FEW_FILES)
+    assert done.returncode == 0, done.stderr
+    failed = done.stdout.splitlines()
+    assert failed[0] == "documents"
+    assert len(failed) > 1, "it was always the same that failed"
+
+
+@pytest.mark.slow
+def test_a_disk_that_takes_ever_more_files(straight, tmp_path):
+    done = on_a_disk_of_its_own(tmp_path / "disk", straight, 1, 1, program=FEW_FILES)
+    assert done.returncode == 0, done.stderr
+    wanted = {"the lock of the run", "documents", "tokens", "metrics", "checkpoint-N", "the model"}
+    assert wanted <= set(done.stdout.splitlines()), done.stdout
 
 
 @pytest.mark.parametrize(
@@ -424,6 +479,40 @@ def test_other_errors_pass_as_they_are(tmp_path, error):
     with pytest.raises(type(error)) as raised, explained("a file", tmp_path):
         raise error
     assert raised.value is error
+
+
+def test_too_many_open_files_are_not_for_want_of_room(tmp_path):
+    message = r"Too many open files; this process may open no more files at once \(ulimit -n\)"
+    with pytest.raises(WriteError, match=message), explained("a file", tmp_path):
+        raise OSError(24, "Too many open files")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "[enforce fail at inline_container.cc:747] . open file failed with strerror: Disk quota exceeded",
+            "Disk",
+        ),
+        ("Parent directory /a/b does not exist.", "Parent directory /a/b does not exist"),
+    ],
+)
+def test_what_torch_says_of_a_failed_write_is_understood(tmp_path, text, reason):
+    with (
+        pytest.raises(WriteError, match=f"a file could not be written to .*: {reason}"),
+        explained("a file", tmp_path),
+    ):
+        raise RuntimeError(text)
+
+
+def test_a_folder_that_was_removed_wants_no_room(tmp_path):
+    with (
+        pytest.raises(
+            WriteError, match=r"could not be written: the folder \S+/a is not there, or no longer$"
+        ),
+        explained("a file", tmp_path / "a"),
+    ):
+        (tmp_path / "a" / "b").write_text("")
 
 
 def test_the_room_of_a_folder_that_is_not_there_yet_is_that_of_its_parent(tmp_path):

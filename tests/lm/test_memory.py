@@ -184,3 +184,15 @@ def test_auto_takes_bfloat16_where_the_processor_multiplies_in_it(monkeypatch, c
     assert takes_bfloat16("auto") is can
     assert takes_bfloat16("bfloat16") is True
     assert takes_bfloat16("float32") is False
+
+
+def test_memory_without_proc(monkeypatch, tmp_path):
+    def missing(*arguments):
+        raise FileNotFoundError(2, "No such file or directory", "/proc/meminfo")
+
+    monkeypatch.setattr("psutil.virtual_memory", missing)
+    monkeypatch.setattr("psutil.Process", missing)
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert 10**7 < memory.resident_bytes() < 10**11
+    assert available_memory() > memory.resident_bytes()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
+import random
+import shutil
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from million_experts.lm import packing
 from million_experts.lm.packing import PackedBlocks, TokenStream, tokenize_documents
+from million_experts.lm.seals import DamagedError
 from million_experts.lm.tokenizer import END, train_tokenizer
 
 TEXTS = ["the cat sat", "é", f"forged {END} end", "on the mat, the mat"] * 2
@@ -88,17 +93,145 @@ def test_a_run_that_dies_leaves_no_cache(tokenizer, dataset, tmp_path, monkeypat
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_of_two_processes_the_first_wins(tokenizer, dataset, tmp_path, monkeypatch):
-    write = packing._write
+def test_of_several_processes_one_makes_the_tokens(tokenizer, dataset, tmp_path, monkeypatch):
+    write, log = packing._write, tmp_path / "log"
 
-    def write_twice(dataset, tokenizer, folder):
-        monkeypatch.setattr(packing, "_write", write)
-        tokenize_documents(dataset, tokenizer, tmp_path)
-        write(dataset, tokenizer, folder)
+    def slow(*arguments):
+        with open(log, "a") as file:
+            file.write("made\n")
+        time.sleep(0.3)
+        write(*arguments)
 
-    monkeypatch.setattr(packing, "_write", write_twice)
-    assert len(tokenize_documents(dataset, tokenizer, tmp_path).starts) == len(TEXTS)
+    monkeypatch.setattr(packing, "_write", slow)
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=tokenize_documents, args=(dataset, tokenizer, tmp_path / "cache"))
+        for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert log.read_text() == "made\n"
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert len(packing.TokenStream.open(folder, every_byte=True).starts) == len(TEXTS)
+
+
+def test_what_a_killed_process_locked_and_left_is_taken_over(tokenizer, dataset, tmp_path, monkeypatch):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def stuck(*arguments):
+        ready.set()
+        time.sleep(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_write", stuck)
+        process = context.Process(target=tokenize_documents, args=(dataset, tokenizer, tmp_path))
+        process.start()
+        assert ready.wait(60)
+    assert len(list(tmp_path.iterdir())) == 2, "its lock and its scratch folder"
+    process.kill()
+    process.join(60)
+    assert len(tokenize_documents(dataset, tokenizer, tmp_path)) > 0
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def damaged(path, how):
+    content = path.read_bytes()
+    if how == "zeroed":
+        path.write_bytes(bytes(len(content)))
+    elif how == "short":
+        path.write_bytes(content[:-2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "one bit":
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    elif how == "last bit":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif how == "long":
+        path.write_bytes(content + content[-2:])
+    else:
+        path.unlink()
+        if how == "a folder":
+            path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "how", ["zeroed", "short", "empty", "one bit", "last bit", "long", "missing", "a folder"]
+)
+@pytest.mark.parametrize("name", ["tokens.bin", "starts.npy", "meta.json"])
+def test_damaged_tokens_are_made_again(tokenizer, dataset, tmp_path, caplog, name, how):
+    whole = tokenize_documents(dataset, tokenizer, tmp_path)
+    tokens, starts = whole.tokens.tolist(), whole.starts.tolist()
+    before = {path.name: path.read_bytes() for path in whole.folder.iterdir()}
+    damaged(whole.folder / name, how)
+    again = tokenize_documents(dataset, tokenizer, tmp_path)
+    assert again.tokens.tolist() == tokens
+    assert again.starts.tolist() == starts
+    (record,) = caplog.records
+    assert f"the tokens in {whole.folder} are damaged ({name} " in record.getMessage()
+    assert record.getMessage().endswith(" and are made again")
+    assert {path.name: path.read_bytes() for path in whole.folder.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [whole.folder]
+
+
+def test_tokens_of_another_text_or_tokenizer_are_made_again(tokenizer, dataset, tmp_path, caplog):
+    own = tokenize_documents(dataset, tokenizer, tmp_path)
+    tokens = own.tokens.tolist()
+    for other in (
+        tokenize_documents(dataset.select([0, 1, 2]), tokenizer, tmp_path),
+        tokenize_documents(dataset, train_tokenizer(TEXTS, 271), tmp_path),
+    ):
+        shutil.rmtree(own.folder)
+        shutil.copytree(other.folder, own.folder)
+        assert tokenize_documents(dataset, tokenizer, tmp_path).tokens.tolist() == tokens
+        assert f"its tokens are those of {other.folder.name}" in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize("what", ["a file", "a dead link", "a link to a file"])
+def test_what_lies_in_the_place_of_tokens_gives_way(tokenizer, dataset, tmp_path, what):
+    own = tokenize_documents(dataset, tokenizer, tmp_path / "cache")
+    tokens = own.tokens.tolist()
+    shutil.rmtree(own.folder)
+    (tmp_path / "mine").write_text("mine")
+    if what == "a file":
+        own.folder.write_text("no folder")
+    else:
+        own.folder.symlink_to(tmp_path / ("mine" if what == "a link to a file" else "nothing"))
+    assert tokenize_documents(dataset, tokenizer, tmp_path / "cache").tokens.tolist() == tokens
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert own.folder.is_dir()
+
+
+def test_every_byte_of_kept_tokens_counts(tokenizer, dataset, tmp_path):
+    folder = tokenize_documents(dataset, tokenizer, tmp_path).folder
+    pick = random.Random(0)
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        for _ in range(60):
+            changed = bytearray(content)
+            changed[pick.randrange(len(content))] ^= 1 << pick.randrange(8)
+            path.write_bytes(changed)
+            with pytest.raises(DamagedError):
+                packing.TokenStream.open(folder, every_byte=True)
+        path.write_bytes(content)
+    packing.TokenStream.open(folder, every_byte=True)
+
+
+def test_a_data_worker_compares_lengths_alone(tokenizer, dataset, tmp_path):
+    stream = tokenize_documents(dataset, tokenizer, tmp_path)
+    pickled = pickle.dumps(stream)
+    damaged(stream.folder / "tokens.bin", "short")
+    with pytest.raises(DamagedError, match=r"tokens\.bin has \d+ bytes instead of \d+"):
+        pickle.loads(pickled)
+
+
+def test_tokens_in_a_folder_that_cannot_be_written_are_read(tokenizer, dataset, tmp_path, monkeypatch):
+    tokens = tokenize_documents(dataset, tokenizer, tmp_path).tokens.tolist()
+    monkeypatch.setattr(packing, "locked", lambda path: pytest.fail("it locks what it only reads"))
+    assert tokenize_documents(dataset, tokenizer, tmp_path).tokens.tolist() == tokens
 
 
 def test_a_failed_rename_is_not_hidden(tokenizer, dataset, tmp_path, monkeypatch):
@@ -196,5 +329,6 @@ def test_block_refusals():
 def test_files_are_plain(tokenizer, dataset, tmp_path):
     stream = tokenize_documents(dataset, tokenizer, tmp_path)
     meta = json.loads((stream.folder / "meta.json").read_text(encoding="utf-8"))
-    assert meta == {"dtype": "uint16", "text_bytes": stream.text_bytes, "vocab_size": 270}
+    values = {"dtype": "uint16", "text_bytes": stream.text_bytes, "vocab_size": 270}
+    assert meta["values"] == {"name": stream.folder.name, **values}
     assert np.fromfile(stream.folder / "tokens.bin", dtype=np.uint16).tolist() == stream.tokens.tolist()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 
 import pytest
 import torch
@@ -238,3 +240,56 @@ def test_only_what_is_learnt_counts_as_a_difference():
 
 def test_second_moments_are_those_of_the_optimiser():
     assert SECOND_MOMENTS == rowwise.SECOND_MOMENTS
+
+
+def nested(line, depth):
+    return "".join(line.format(this=f"a{i}", last=f"a{i - 1}") for i in range(1, depth))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a0: &a0 [x]\n" + nested("{this}: &{this} [*{last}, *{last}]\n", 60), "more than 10,000 values"),
+        ("a0: &a0 {x: 1}\n" + nested("{this}: &{this} {{<<: [*{last}, *{last}]}}\n", 60), "10,000 values"),
+        ("data: &a [*a]", "more than 10,000 values"),
+        ("[" * 5000, "nested too deeply"),
+        ("peer: " + "{a: " * 3000, "nested too deeply"),
+        ("seed: 2001-13-45", "month must be in"),
+        ("steps: " + "9" * 5000, "digits"),
+        ("data: !!python/object/apply:os.system [ls]", "python/object/apply:os.system"),
+        ("1: 2", "unknown setting 1"),
+        ("data: [\x1b]", "special characters are not allowed"),
+    ],
+    ids=[
+        "aliases",
+        "merge keys",
+        "of itself",
+        "lists",
+        "dicts",
+        "date",
+        "digits",
+        "python",
+        "name",
+        "escape",
+    ],
+)
+def test_hostile_settings_are_refused_at_once(tmp_path, text, reason):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(reason)) as raised:
+        TrainSettings.load(path)
+    assert str(path) in str(raised.value)
+    assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_settings_that_are_no_file_are_not_read(tmp_path, kind):
+    path = tmp_path / "settings.yaml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(ValueError, match=r"settings\.yaml must be a YAML file"):
+        TrainSettings.load(path)

@@ -14,12 +14,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from million_experts import PEER
-from million_experts.lm.trainer import (
-    CheckpointError,
-    LanguageModelTrainer,
-    check_checkpoint,
-    list_checkpoints,
-)
+from million_experts.lm.checkpoints import CheckpointError, check_checkpoint, list_checkpoints
+from million_experts.lm.trainer import LanguageModelTrainer
 from million_experts.models import PeerConfig, PeerForCausalLM
 from million_experts.optim import RowwiseAdamW, parameter_groups
 
@@ -119,7 +115,7 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(tmp_path, monkeypatc
 
     def crash(self, output_dir):
         if self.state.global_step == 4:
-            assert (tmp_path / ".partial-checkpoint" / "checkpoint-4" / "model.safetensors").exists()
+            assert list(tmp_path.glob(".partial-*/checkpoint-4/model.safetensors"))
             raise OSError("No space left on device")
         getattr(Trainer, where)(self, output_dir)
 
@@ -132,7 +128,7 @@ def test_a_crash_while_writing_leaves_the_checkpoint_before(tmp_path, monkeypatc
     again = make_trainer(tmp_path, save_total_limit=limit)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert steps_of(tmp_path) == ([2, 4, 6] if limit is None else [6])
-    assert not (tmp_path / ".partial-checkpoint").exists()
+    assert not list(tmp_path.glob(".partial*"))
 
 
 def test_a_checkpoint_is_deleted_out_of_sight(tmp_path, monkeypatch):
@@ -140,10 +136,10 @@ def test_a_checkpoint_is_deleted_out_of_sight(tmp_path, monkeypatch):
 
     def watched(path, *arguments, **kwargs):
         seen.append(steps_of(tmp_path))
-        assert ".partial-checkpoint" in str(path), "a kill would leave half a checkpoint under its name"
+        assert ".partial-checkpoint-" in str(path), "a kill would leave half a checkpoint under its name"
         rmtree(path, *arguments, **kwargs)
 
-    monkeypatch.setattr("million_experts.lm.trainer.shutil.rmtree", watched)
+    monkeypatch.setattr("million_experts.lm.files.shutil.rmtree", watched)
     make_trainer(tmp_path, save_total_limit=1).train()
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "stale").touch()

@@ -22,12 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from million_experts import PEER
 from million_experts.lm import data, report, training
+from million_experts.lm.checkpoints import list_checkpoints
 from million_experts.lm.data import load_test_stream
 from million_experts.lm.memory import expected_peak, resident_bytes
 from million_experts.lm.ngram import bigram_nats, unigram_nats
 from million_experts.lm.scoring import score_documents
 from million_experts.lm.settings import TrainSettings
-from million_experts.lm.trainer import LanguageModelTrainer, list_checkpoints
+from million_experts.lm.trainer import LanguageModelTrainer
 from million_experts.lm.training import check_memory, make_optimizer, model_config, train
 from million_experts.models import PeerForCausalLM, count_parameters
 from million_experts.models.attention import WIDE_ATTENTION

@@ -297,3 +297,39 @@ def huge_bytes(tensor: torch.Tensor) -> int:
 def test_random_row_read_reads_every_word(columns, kernels):
     table, rows = torch.randint(0, 2**30, (50, columns)), torch.randint(0, 50, (333,))
     assert kernels.random_row_read(table, rows) == int(table[rows].sum())
+
+
+WITHOUT_PROC = """
+import sys
+
+def refuse(event, arguments):
+    if event == "open" and str(arguments[0]).startswith("/proc"):
+        raise FileNotFoundError(2, "No such file or directory", arguments[0])
+
+sys.addaudithook(refuse)
+import torch
+from million_experts import PEER
+from million_experts.ops import available_backends, cpu
+
+cpu.HUGE_BYTES = 2**12
+torch.manual_seed(0)
+layer = PEER(16, num_experts=64, num_heads=2, experts_per_head=4, key_dim=8).eval()
+layer.experts.data = layer.experts.data.clone()
+layer(torch.randn(8, 16))
+assert available_backends()["cpu"] is None
+print(cpu.OPENMP)
+"""
+
+
+def test_without_proc_the_kernels_find_their_threads(cpu):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_PROC], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{cpu.OPENMP}\n"
+    assert cpu.OPENMP is not None
+
+
+def test_memory_is_anonymous_where_it_maps_no_file(cpu, tmp_path):
+    assert cpu._is_anonymous(torch.zeros(2**20).data_ptr())
+    (tmp_path / "file").write_bytes(bytes(2**16))
+    mapped = torch.from_file(str(tmp_path / "file"), size=2**14)
+    assert not cpu._is_anonymous(mapped.data_ptr())

@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from million_experts._terminal import Terminal
+
 if TYPE_CHECKING:
     from million_experts.benchmarks.targets import Outcome
 
@@ -65,13 +67,13 @@ def bench(
     from million_experts.benchmarks.report import TABLES_FILE, outcomes
     from million_experts.benchmarks.session import run_cases
 
-    console = Console()
+    console = Terminal()
     selected = select_cases(cases, quick or check is not None)
     if check is not None:
         _check(selected, check, margin, output, repetitions, threads, console)
         return
     folder = output or DEFAULT_OUTPUT
-    rows = run_cases(selected, Console(stderr=True), folder, quick, repetitions, threads)
+    rows = run_cases(selected, Terminal(stderr=True), folder, quick, repetitions, threads)
     _print_targets(outcomes(rows), console)
     console.print(f"Results: {folder / TABLES_FILE}", markup=False, soft_wrap=True)
     _print_faults(rows)
@@ -95,7 +97,7 @@ def _check(selected, committed: Path, margin: float, output, repetitions, thread
     measured = []
 
     def measure(remaining):
-        rows = run_cases(remaining, Console(stderr=True), output, True, repetitions, threads)
+        rows = run_cases(remaining, Terminal(stderr=True), output, True, repetitions, threads)
         measured.extend(rows)
         return rows
 

@@ -1,10 +1,12 @@
 """Callbacks for transformers' Trainer: expert usage in any of them, and progress and interruption in ours."""
 
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -247,30 +249,59 @@ class ResourceCallback(TrainerCallback):
         return figures
 
 
-class InterruptCallback(TrainerCallback):
-    """Ctrl-C and SIGTERM save a checkpoint at the step's end and stop; a second Ctrl-C stops at once.
+class RunFolderCallback(TrainerCallback):
+    """Calls `check` before a checkpoint is written: it raises where the run's folder is no longer its own."""
 
-    Of processes that train together all stop at the same step.
+    def __init__(self, check: Callable[[], None]):
+        self.check = check
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:
+            self.check()
+
+
+class InterruptCallback(TrainerCallback):
+    """Ctrl-C, SIGTERM and SIGHUP, the end of the terminal, save a checkpoint at the step's end and stop.
+
+    A second Ctrl-C stops at once. Of processes that train together all stop at the same step. A SIGHUP that
+    is ignored, as under nohup, stays ignored.
     """
 
     def __init__(self) -> None:
         self.interrupted = False
         self._previous: dict[int, Any] = {}
+        self._terminals: list[int] = []
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.interrupted = True
+        self._leave_dead_terminals()
         # Not the console: its lock may be held by what the signal interrupted.
-        sys.stderr.write(
-            "\nStopping at the end of this step, with a checkpoint; Ctrl-C again stops at once.\n"
-        )
+        with suppress(OSError, ValueError):  # its reader may be gone
+            sys.stderr.write(
+                "\nStopping at the end of this step, with a checkpoint; Ctrl-C again stops at once.\n"
+            )
+
+    def _leave_dead_terminals(self) -> None:
+        """To print to a terminal that is gone would be an error, before the checkpoint."""
+        for terminal in self._terminals:
+            if not os.isatty(terminal):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, terminal)
+                os.close(nowhere)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if threading.current_thread() is threading.main_thread():  # no other may handle signals
-            self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._terminals = [handle for handle in (1, 2) if os.isatty(handle)]
+            self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import gzip
 import importlib.util
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
 
+import datasets
 import numpy as np
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
+
+from million_experts.lm.files import explained
 
 FEATURES = Features({"text": Value("string")})
 FORMAT = 1  # part of the datasets' cache key: raise it when a reader below gives other documents
@@ -31,6 +37,10 @@ BUILDERS = {
     ".parquet": "parquet",
 }
 ALLOWED = "a name ({names}), a file, folder or glob of {types}, or hub:owner/name[:config]"
+
+GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
+# What keeps `datasets` from writing its cache, and no fault of the text.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS}
 
 Stamp = tuple[str, int, int]  # path, bytes, modification time: what a cached dataset is keyed by
 
@@ -81,7 +91,27 @@ def load_corpus(source: str, *, text_column: str = "text", max_documents: int | 
         ValueError: no such name, an unsupported kind of file, a file that cannot be parsed or is not UTF-8, a
             missing column, or no documents.
         FileNotFoundError: no such path, or the package of a named corpus is not installed.
+        WriteError: there is no room for the cache of `datasets`.
     """
+    with _room_for_documents():
+        return _load_corpus(source, text_column, max_documents)
+
+
+@contextmanager
+def _room_for_documents() -> Iterator[None]:
+    try:
+        yield
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        cause: BaseException | None = error
+        while cause is not None and getattr(cause, "errno", None) not in NO_ROOM:
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        with explained("documents", Path(datasets.config.HF_DATASETS_CACHE)):
+            raise cause from None
+
+
+def _load_corpus(source: str, text_column: str, max_documents: int | None) -> Dataset:
     if source in CORPORA:
         dataset = CORPORA[source].load()
     elif source.startswith("hub:"):
@@ -177,6 +207,7 @@ def _load_files(source: str, text_column: str) -> Dataset:
     by_builder: dict[str | None, list[str]] = {}
     for path in _find_files(source):
         if path.stat().st_size > 0:
+            _refuse_zeros(path)
             by_builder.setdefault(BUILDERS[_file_type(path)], []).append(str(path.absolute()))
     parts = [Dataset.from_dict({"text": []}, features=FEATURES)]
     for builder, paths in by_builder.items():
@@ -185,8 +216,10 @@ def _load_files(source: str, text_column: str) -> Dataset:
             continue
         try:
             rows = load_dataset(builder, data_files=[glob.escape(path) for path in paths], split="train")
-        except (DatasetGenerationError, ValueError) as error:
-            reason = error.__cause__ or error
+        except (DatasetGenerationError, StopIteration, OSError, ValueError, *GZIP_ERRORS) as error:
+            for name in paths:
+                _check_gzip(name)
+            reason = error.__cause__ or str(error) or "it holds no rows"
             raise ValueError(f"data={source!r} cannot be read as {builder}: {reason}") from error
         parts.append(_text_only(rows, source, text_column))
     return concatenate_datasets(parts)
@@ -204,6 +237,8 @@ def _find_files(source: str) -> list[Path]:
         matches = list(path.rglob("*"))
     elif glob.has_magic(source):
         matches = [Path(match) for match in glob.glob(source, recursive=True)]
+    elif path.exists():
+        raise ValueError(f"data={source!r} is neither a file nor a folder; allowed: {_allowed()}")
     elif path.suffix or os.path.dirname(source):
         raise FileNotFoundError(f"data={source!r} does not exist; allowed: {_allowed()}")
     else:
@@ -246,8 +281,11 @@ def _generate(read: Callable[..., Iterator[dict[str, str]]], paths: Iterable[str
 
 def _read_texts(stamps: Sequence[Stamp], version: int) -> Iterator[dict[str, str]]:
     for path, _, _ in stamps:
-        with _open(path) as file:
-            content = file.read()
+        try:
+            with _open(path) as file:
+                content = file.read()
+        except GZIP_ERRORS as error:
+            raise _not_gzip(path, error) from error
         try:
             yield {"text": content.decode("utf-8")}
         except UnicodeDecodeError as error:
@@ -256,6 +294,27 @@ def _read_texts(stamps: Sequence[Stamp], version: int) -> Iterator[dict[str, str
 
 def _open(path: str) -> BufferedIOBase:
     return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")
+
+
+def _refuse_zeros(path: Path) -> None:
+    """What a crash left of a file is often its length: readers of JSON take that for no rows."""
+    with open(path, "rb") as file:
+        if file.read(1) == b"\0":
+            raise ValueError(f"data file {path} begins with a zero byte: it is damaged, or it is no text")
+
+
+def _check_gzip(path: str) -> None:
+    """Names a compressed file that is damaged: readers of many files do not."""
+    try:
+        with _open(path) as file:
+            while path.lower().endswith(".gz") and file.read(2**20):
+                pass
+    except GZIP_ERRORS as error:
+        raise _not_gzip(path, error) from error
+
+
+def _not_gzip(path: str, error: Exception) -> ValueError:
+    return ValueError(f"data file {path} is not a whole gzip file: {error}")
 
 
 def _not_utf8(source: str) -> ValueError | None:

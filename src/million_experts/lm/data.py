@@ -101,7 +101,16 @@ def digests(streams: dict[str, TokenStream]) -> dict[str, str]:
 
 def _recognise(run: Path, split: str, stream: TokenStream) -> None:
     remembered = run / DIGESTS_FILE
-    if remembered.exists() and json.loads(remembered.read_text())[split] != _digest(stream):
+    if not remembered.exists():
+        return
+    try:
+        digest = json.loads(remembered.read_text())[split]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{remembered} is damaged, so that nothing says which text the run was started with: {error!r}. "
+            "Start another run with another --output-dir"
+        ) from error
+    if digest != _digest(stream):
         raise ValueError(
             f"data is not what the run in {run} was started with: its {split} split has other text. Bring "
             "the old text back (relative paths count from this folder), or start another run with another "
@@ -110,6 +119,8 @@ def _recognise(run: Path, split: str, stream: TokenStream) -> None:
 
 
 def _digest(stream: TokenStream) -> str:
+    if stream.digest is not None:
+        return stream.digest
     return hashlib.blake2b(np.ascontiguousarray(stream.tokens).data, digest_size=16).hexdigest()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from million_experts._terminal import printable
 from million_experts.layers import ExpertUsage
 from million_experts.lm.files import write_whole
 
@@ -49,7 +50,7 @@ def loss_figure(
     highest = max([v for _, v in validation] + list(yardsticks.values()), default=1)
     if highest > lowest:
         axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.25 * (highest - lowest))
-    axes.set(xlabel="step", ylabel="bits per byte", title=title)
+    axes.set(xlabel="step", ylabel="bits per byte", title=printable(title))
     if axes.lines:
         axes.legend(framealpha=1, edgecolor="none", borderaxespad=0)  # opaque: a yardstick may pass behind
     axes.spines[["top", "right"]].set_visible(False)
@@ -82,7 +83,7 @@ def resources_figure(
         axes.set_title(label, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     below.set_xlabel("step")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(printable(title), fontsize=11)
     save_figure(figure, path)
 
 
@@ -113,7 +114,7 @@ def usage_figure(usages: Mapping[str, ExpertUsage], title: str, path: Path) -> N
         )
         axes.legend(frameon=False, loc="lower left")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(printable(title), fontsize=11)
     save_figure(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -82,7 +83,10 @@ def available_memory() -> int:
     """
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    free = psutil.virtual_memory().available
+    try:
+        free = psutil.virtual_memory().available
+    except OSError:  # no /proc; this leaves out what the system would take back from its caches
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         limit = (CONTROL_GROUP / "memory.max").read_text().strip()
         used = int((CONTROL_GROUP / "memory.current").read_text())
@@ -107,8 +111,13 @@ def keep_freed_memory() -> bool:
 
 
 def resident_bytes() -> int:
-    """Memory that this process has in RAM."""
-    return psutil.Process().memory_info().rss
+    """Memory that this process has in RAM; without /proc the most that it ever had."""
+    try:
+        return psutil.Process().memory_info().rss
+    except (OSError, psutil.Error):
+        import resource  # Unix alone has it
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def takes_bfloat16(precision: str) -> bool:

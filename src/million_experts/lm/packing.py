@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,10 +21,15 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from million_experts.lm.files import explained
+from million_experts.lm.files import explained, remove_scratch, scratch_folder, sync
+from million_experts.lm.locks import locked
+from million_experts.lm.seals import DamagedError, open_seal, seal
 
-FORMAT = 1  # part of every cache key: raise it when the files or their meaning change
+logger = logging.getLogger(__name__)
+
+FORMAT = 2  # part of every cache key: raise it when the files or their meaning change
 DOCUMENTS_PER_BATCH = 256
+TOKENS_FILE, STARTS_FILE = "tokens.bin", "starts.npy"
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class TokenStream:
         text_bytes: length of the text in UTF-8 bytes.
         vocab_size: ids are below it.
         folder: where the files are, or None for a stream in memory.
+        digest: of `tokens`, or None where it is not known.
     """
 
     tokens: np.ndarray
@@ -46,17 +53,29 @@ class TokenStream:
     text_bytes: int
     vocab_size: int
     folder: Path | None = None
+    digest: str | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> TokenStream:
-        """Map the files in `folder` into memory, read-only."""
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    def open(cls, folder: Path, every_byte: bool = False) -> TokenStream:
+        """Map the files in `folder` into memory, read-only.
+
+        Args:
+            every_byte: make sure that all are as they were written, not their lengths alone.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            DamagedError: the files are not as they were written, or are those of another folder.
+        """
+        meta, digests = open_seal(folder, every_byte)
+        if folder.name != meta["name"]:
+            raise DamagedError(f"its tokens are those of {meta['name']}")
         return cls(
-            tokens=np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r"),
-            starts=np.load(folder / "starts.npy"),
+            tokens=np.memmap(folder / TOKENS_FILE, dtype=meta["dtype"], mode="r"),
+            starts=np.load(folder / STARTS_FILE),
             text_bytes=meta["text_bytes"],
             vocab_size=meta["vocab_size"],
             folder=folder,
+            digest=digests[TOKENS_FILE],
         )
 
     def __reduce__(self) -> tuple[Callable[..., TokenStream], tuple[Any, ...]]:
@@ -81,6 +100,8 @@ def tokenize_documents(
 
     The cache is keyed by the dataset's fingerprint and the tokenizer's content. Documents pass through in
     batches, and files appear under their name only when whole: a killed process leaves nothing to trip over.
+    Of several processes that ask for the same tokens one makes them and the others wait. What is found there
+    is read once from end to end; tokens that are not as they were written are made again, with a warning.
 
     Raises:
         ValueError: `dataset` holds no documents, or `tokenizer` has no eos token to put between them.
@@ -89,20 +110,28 @@ def tokenize_documents(
         raise ValueError("dataset must hold at least one document, got none")
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an eos_token to put between documents, got None")
-    folder = Path(cache_dir) / f"tokens-{_cache_key(dataset, tokenizer)}"
-    if not folder.exists():
-        with explained("tokens", folder.parent):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
-                whole = Path(partial) / folder.name
+    cache = Path(cache_dir)
+    folder = cache / f"tokens-{_cache_key(dataset, tokenizer)}"
+    with suppress(FileNotFoundError, DamagedError):
+        return TokenStream.open(folder, every_byte=True)
+    with explained("tokens", cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache / f".{folder.name}.lock"):
+            try:
+                return TokenStream.open(folder, every_byte=True)  # another process made them
+            except FileNotFoundError:
+                pass
+            except DamagedError as damage:
+                logger.warning("the tokens in %s are damaged (%s) and are made again", folder, damage)
+            remove_scratch(cache, folder.name)
+            with scratch_folder(cache, folder.name) as scratch:
+                whole = scratch / folder.name
                 whole.mkdir()
                 _write(dataset, tokenizer, whole)
-                try:
-                    whole.rename(folder)
-                except OSError:
-                    # Another process was first: its files are the same.
-                    if not folder.exists():
-                        raise
+                if folder.exists() or folder.is_symlink():
+                    folder.rename(scratch / "damaged")
+                whole.rename(folder)
+                sync(cache)
     return TokenStream.open(folder)
 
 
@@ -121,7 +150,7 @@ def _write(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, folder: Path) -
     end = tokenizer.eos_token_id
     lengths: list[int] = []
     text_bytes = 0
-    with open(folder / "tokens.bin", "wb") as file:
+    with open(folder / TOKENS_FILE, "wb") as file:
         for batch in dataset.iter(batch_size=DOCUMENTS_PER_BATCH):
             texts = batch["text"]
             # verbose=False: a document longer than the model's context is no reason to warn here.
@@ -133,9 +162,10 @@ def _write(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, folder: Path) -
             text_bytes += sum(len(text.encode()) for text in texts)
     starts = np.zeros(len(lengths), dtype=np.int64)
     np.cumsum(lengths[:-1], out=starts[1:])
-    np.save(folder / "starts.npy", starts)
-    meta = {"dtype": np.dtype(dtype).name, "text_bytes": text_bytes, "vocab_size": vocab_size}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    np.save(folder / STARTS_FILE, starts)
+    dtype_name = np.dtype(dtype).name
+    meta = {"name": folder.name, "dtype": dtype_name, "text_bytes": text_bytes, "vocab_size": vocab_size}
+    seal(folder, meta)
 
 
 class PackedBlocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):

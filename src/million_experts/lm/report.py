@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,10 @@ from million_experts.lm.files import write_whole
 from million_experts.lm.generation import TEMPERATURE, write_sample
 from million_experts.lm.ngram import bigram_nats, unigram_nats
 from million_experts.lm.packing import TokenStream
+from million_experts.lm.run_folder import RESULTS_FILE
 from million_experts.lm.scoring import Score, score_documents
 from million_experts.lm.settings import TrainSettings
 from million_experts.models import PeerForCausalLM, count_parameters
-
-RESULTS_FILE = "results.json"
 
 
 def measure(
@@ -36,6 +36,7 @@ def measure(
     training_seconds: float,
     resumed_from_step: int = 0,
     processes: int = 1,
+    check_folder: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Measures a trained model on the test split, which nothing has been chosen by.
 
@@ -44,6 +45,7 @@ def measure(
         training_seconds: of this process; `resumed_from_step` says whether others trained before.
         resumed_from_step: step of the checkpoint that this process went on from, 0 for none.
         processes: that trained together.
+        check_folder: called before anything is written; it raises where the folder is no longer the run's.
 
     Returns:
         What it writes to the run's `results.json`, beside the figures.
@@ -77,6 +79,7 @@ def measure(
         "history": history,
         "figures": [str(run / "loss.png"), str(run / "resources.png")],
     }
+    check_folder()
     lines = {name: row["bits_per_byte"] for name, row in results["yardsticks"].items()}
     loss_figure(
         history,
@@ -90,6 +93,38 @@ def measure(
         usage_figure(usages, f"{run.name}: experts used on the test split", run / "expert_usage.png")
         results["figures"].append(str(run / "expert_usage.png"))
     write_whole(run / RESULTS_FILE, json.dumps(results, indent=1))
+    return results
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """What `measure` wrote to a run's folder.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = run / RESULTS_FILE
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it and measure again by --resume") from error
+    if not isinstance(results, dict):
+        raise ValueError(f"{path} is damaged: it must hold figures by name, got {type(results).__name__}")
+    return results
+
+
+def show_results(run: Path, console: Console) -> dict[str, Any]:
+    """Prints what `measure` wrote to a run's folder, and returns it.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    results = read_results(run)
+    try:
+        print_results(results, console)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{run / RESULTS_FILE} is damaged ({error!r}): remove it and measure again by --resume"
+        ) from error
     return results
 
 

@@ -19,6 +19,7 @@ SETTINGS_FILE = "settings.yaml"
 # Times learning_rate, by default: what won, by probes that docs/decisions.md tells of.
 TABLE_RATE, RETRIEVAL_RATE = 4, 0.25
 DEFAULT_CACHE = "~/.cache/million-experts"
+MOST_VALUES = 10_000  # of a YAML text
 SECOND_MOMENTS = ("element", "row")  # those of RowwiseAdamW; torch shall not load for the help
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Those of transformers that need no arguments of their own.
@@ -219,6 +220,7 @@ class TrainSettings:
 
     def save(self, path: Path) -> None:
         """Writes the settings as YAML, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
 
     @classmethod
@@ -235,7 +237,8 @@ class TrainSettings:
         """
         for name in values:
             if name not in FIELD_TYPES:
-                raise ValueError(f"{source} has an unknown setting {name!r}{did_you_mean(name, FIELD_TYPES)}")
+                hint = did_you_mean(str(name), FIELD_TYPES)
+                raise ValueError(f"{source} has an unknown setting {name!r}{hint}")
         return cls(**values)
 
     def with_overrides(self, overrides: dict[str, Any]) -> "TrainSettings":
@@ -283,6 +286,10 @@ def load_preset(name: str) -> TrainSettings:
 class _Yaml(yaml.SafeLoader):
     """YAML 1.2's numbers: the older standard that PyYAML follows reads 1e-3 as text."""
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        _check_count(len(node.value))  # merge keys can double it with every line
+
 
 _Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
@@ -293,9 +300,25 @@ def parse_yaml(text: str) -> Any:
     """The value that a YAML text stands for.
 
     Raises:
-        yaml.YAMLError: the text is not YAML.
+        yaml.YAMLError: the text is not YAML, or it stands for too much: with YAML's aliases a line can stand
+            for a billion values.
     """
-    return yaml.load(text, Loader=_Yaml)
+    try:
+        value = yaml.load(text, Loader=_Yaml)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    rest, count = [value], 0
+    while rest:
+        part, count = rest.pop(), count + 1
+        _check_count(count)
+        if isinstance(part, dict | list | tuple | set):
+            rest.extend(part.values() if isinstance(part, dict) else part)
+    return value
+
+
+def _check_count(count: int) -> None:
+    if count > MOST_VALUES:
+        raise yaml.YAMLError(f"it holds more than {MOST_VALUES:,} values")
 
 
 def parse_arguments(pairs: Iterable[str]) -> dict[str, Any]:
@@ -347,9 +370,11 @@ def _at_least(name: str, value: float, minimum: int) -> None:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # to read a pipe would take for ever
+        raise ValueError(f"{path} must be a YAML file of settings")
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date of month 13, say, is the latter
         raise ValueError(f"{path} is not a YAML file of settings: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold settings as name: value, got {type(values).__name__}")

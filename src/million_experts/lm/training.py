@@ -1,12 +1,11 @@
 """A training run from settings to figures."""
 
 import dataclasses
-import json
 import os
-import shlex
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,22 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
-from million_experts.lm.callbacks import ExpertUsageCallback, InterruptCallback, ProgressCallback
+from million_experts._terminal import Terminal
+from million_experts.lm.callbacks import (
+    ExpertUsageCallback,
+    InterruptCallback,
+    ProgressCallback,
+    RunFolderCallback,
+)
+from million_experts.lm.checkpoints import check_checkpoint, list_checkpoints
 from million_experts.lm.data import digests, has_tokenizer, prepare_data, remember_splits
 from million_experts.lm.files import explained, make_folder, save_whole
 from million_experts.lm.memory import available_memory, expected_peak, keep_freed_memory, takes_bfloat16
 from million_experts.lm.packing import PackedBlocks, TokenStream
-from million_experts.lm.report import RESULTS_FILE, measure, print_results
+from million_experts.lm.report import measure, print_results, read_results, show_results
+from million_experts.lm.run_folder import hold, is_finished, resume_command
 from million_experts.lm.settings import SETTINGS_FILE, TrainSettings
-from million_experts.lm.trainer import LanguageModelTrainer, check_checkpoint, list_checkpoints
+from million_experts.lm.trainer import LanguageModelTrainer
 from million_experts.models import PeerConfig, PeerForCausalLM, count_parameters, memory_estimate
 from million_experts.models.attention import with_fast_attention
 from million_experts.models.feed_forwards import FEED_FORWARDS
@@ -60,30 +67,44 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
         FileExistsError: `output_dir` holds a run and `resume` is False.
         MemoryError: the run is expected to need more memory than there is.
         FloatingPointError: the loss was no longer finite.
-        OSError: something could not be written; the last checkpoint is whole.
+        OSError: something could not be written, and the last checkpoint is whole; or another process trains
+            in `output_dir`.
         KeyboardInterrupt: the run was interrupted; a checkpoint has been saved.
     """
     ranks = PartialState(cpu=not torch.accelerator.is_available())
-    console = (console or Console()) if ranks.is_main_process else Console(quiet=True)
+    console = (console or Terminal()) if ranks.is_main_process else Terminal(quiet=True)
     disable_progress_bar()  # transformers' and datasets' own: ours shows what matters
     datasets.disable_progress_bars()
     keep_freed_memory()
     if settings.output_dir is None:
         raise ValueError("output_dir must name the folder of the run, got None")
     run = Path(settings.output_dir)
-    finished = _finished(run, settings, resume)
+    finished = is_finished(run, settings, resume)
     ranks.wait_for_everyone()  # before one of them writes to the folder
-    if finished:
-        console.print(f"{run} is finished; its results:", style="bold", markup=False, soft_wrap=True)
-        results = json.loads((run / RESULTS_FILE).read_text())
-        print_results(results, console)
-        return results
-    processes = ranks.num_processes
-    print_plan(model_config(settings, settings.vocab_size), settings, console, processes)
-    _check_reporters(settings.report_to)
-    make_folder("output_dir", run)
-    make_folder("cache_dir", Path(settings.cache_dir).expanduser())
+    if not finished:
+        processes = ranks.num_processes
+        print_plan(model_config(settings, settings.vocab_size), settings, console, processes)
+        _check_reporters(settings.report_to)
+        make_folder("output_dir", run)
+        make_folder("cache_dir", Path(settings.cache_dir).expanduser())
+        with hold(run) if ranks.is_main_process else nullcontext(lambda: None) as check_folder:
+            ranks.wait_for_everyone()
+            finished = is_finished(run, settings, resume)  # another process may have been at it until now
+            if not finished:
+                return _train(settings, run, ranks, console, check_folder)
+    console.print(f"{run} is finished; its results:", style="bold", markup=False, soft_wrap=True)
+    return show_results(run, console)
 
+
+def _train(
+    settings: TrainSettings,
+    run: Path,
+    ranks: PartialState,
+    console: Console,
+    check_folder: Callable[[], None],
+) -> dict[str, Any]:
+    """Trains from the newest checkpoint, or from the start, to the end; `check_folder` as `hold` gives it."""
+    processes = ranks.num_processes
     with ranks.main_process_first():  # it fills the cache
         streams, tokenizer = prepare_data(settings, run, console, processes)
     if processes > 1 and len(set(gather_object([digests(streams)["train"]]))) > 1:
@@ -106,10 +127,11 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     interrupt = InterruptCallback()
     trainer.add_callback(progress)
     trainer.add_callback(interrupt)
+    trainer.add_callback(RunFolderCallback(check_folder))  # after those that ask for a checkpoint
     start = time.monotonic()
     try:
         # Checkpoints say themselves what kept them from being written.
-        with explained("metrics", run, f"Make room there, then go on with: {_resume_command(run)}"):
+        with explained("metrics", run, f"Make room there, then go on with: {resume_command(run)}"):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         interrupt.restore()
@@ -117,19 +139,31 @@ def train(settings: TrainSettings, resume: bool = False, console: Console | None
     if interrupt.interrupted:
         raise KeyboardInterrupt(
             f"Stopped after step {trainer.state.global_step} of {settings.steps}; "
-            f"the checkpoint is in {run}. Go on with: {_resume_command(run)}"
+            f"the checkpoint is in {run}. Go on with: {resume_command(run)}"
         )
     seconds = time.monotonic() - start
     trainer.flush()
+    check_folder()
     if ranks.is_main_process:
         trained = trainer.accelerator.unwrap_model(trainer.model)
         save_whole(trained.save_pretrained, run, "the model")
         with console.status("measuring on the test split"):
             history = trainer.state.log_history
-            results = measure(settings, run, trained, tokenizer, streams, history, seconds, step, processes)
+            results = measure(
+                settings,
+                run,
+                trained,
+                tokenizer,
+                streams,
+                history,
+                seconds,
+                step,
+                processes,
+                check_folder,
+            )
         print_results(results, console)
     ranks.wait_for_everyone()
-    return json.loads((run / RESULTS_FILE).read_text())
+    return read_results(run)
 
 
 def fit(
@@ -249,35 +283,6 @@ def check_memory(config: PeerConfig, settings: TrainSettings) -> None:
             "are available: use fewer experts (--peer num_experts=...), a smaller --batch-size with more "
             "--gradient-accumulation-steps, or --gradient-checkpointing"
         )
-
-
-def _finished(run: Path, settings: TrainSettings, resume: bool) -> bool:
-    """Whether the run is over; raises where its folder must not be used as asked."""
-    stored = run / SETTINGS_FILE
-    if not stored.exists():
-        # Hidden files may be what a run left that was killed before it began.
-        if run.exists() and (not run.is_dir() or any(file.name[0] != "." for file in run.iterdir())):
-            raise FileExistsError(
-                f"output_dir {run} holds files that are not a run's; give another --output-dir"
-            )
-        return False
-    if not resume:
-        raise FileExistsError(
-            f"output_dir {run} already holds a run: go on with it by --resume, or start another with "
-            "another --output-dir"
-        )
-    differences = settings.differences(TrainSettings.load(stored))
-    if differences:
-        raise ValueError(
-            f"the run in {run} was started with other settings, so it cannot be resumed with these: "
-            f"{'; '.join(differences)}. Leave them out to go on with the run ({_resume_command(run)}), or "
-            "start another with another --output-dir"
-        )
-    return (run / RESULTS_FILE).exists()
-
-
-def _resume_command(run: Path) -> str:
-    return f"million-experts train --output-dir {shlex.quote(str(run))} --resume"
 
 
 def make_optimizer(model: PeerForCausalLM, settings: TrainSettings) -> torch.optim.Optimizer:

@@ -7,9 +7,11 @@ they work.
 
 import ctypes
 import math
+import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,18 +36,35 @@ BLOCK_REUSE = 4.0
 MOST_PAIRS = 2**32
 
 
+class _LoadedObject(ctypes.Structure):
+    """The beginning of C's `struct dl_phdr_info`."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("name", ctypes.c_char_p))
+
+
+def _loaded_libraries() -> set[str]:
+    """Paths of the shared libraries in this process. The C library is asked, since /proc may be missing."""
+    paths = set()
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_LoadedObject), ctypes.c_size_t, ctypes.c_void_p)
+    def keep(loaded: Any, size: int, data: int) -> int:
+        paths.add(os.path.realpath(os.fsdecode(loaded.contents.name)))
+        return 0
+
+    ctypes.CDLL(None).dl_iterate_phdr(keep, None)
+    return paths
+
+
 def _find_openmp() -> str | None:
     """Path of the OpenMP runtime that torch brought into this process: the kernels bring no second one."""
     pattern = re.compile(r"/lib(gomp|iomp5|omp)[^/]*\.(so|dylib)[^/]*$")
+    home = os.path.realpath(Path(torch.__file__).parent)
     if sys.platform == "linux":
-        with open("/proc/self/maps") as maps:
-            loaded = {
-                line.split(maxsplit=5)[5].strip() for line in maps if line.count(" ") > 4 and "/" in line
-            }
+        loaded = _loaded_libraries()
     else:
-        loaded = {str(path) for path in (Path(torch.__file__).parent / "lib").iterdir()}
+        loaded = {str(path) for path in (Path(home) / "lib").iterdir()}
     found = sorted(path for path in loaded if pattern.search(path))
-    home = str(Path(torch.__file__).parent)  # torch/lib and torch.libs, before what other packages loaded
+    # torch/lib and torch.libs, before what other packages loaded
     return next((path for path in found if path.startswith(home)), found[0] if found else None)
 
 

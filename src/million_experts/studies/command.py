@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
+from million_experts._terminal import Terminal
 from million_experts.lm.settings import (
     DEFAULT_CACHE,
     RETRIEVAL_RATE,
@@ -177,10 +178,10 @@ def isoflop(
     )
     ledger = open_ledger(output, "isoflop", dry_run)
     if dry_run:
-        print_plan(options, ledger, Console())
+        print_plan(options, ledger, Terminal())
         return
-    run_study(options, ledger, Console(), command_line(context))
-    finish(ledger, Console())
+    run_study(options, ledger, Terminal(), command_line(context))
+    finish(ledger, Terminal())
 
 
 def ablation(
@@ -281,10 +282,10 @@ def ablation(
     )
     ledger = open_ledger(output, "ablation", dry_run)
     if dry_run:
-        print_runs(runs, ledger, Console())
+        print_runs(runs, ledger, Terminal())
         return
-    execute(runs, ledger, Console(), usage_and_modes(usage_tokens), command_line(context))
-    finish(ledger, Console())
+    execute(runs, ledger, Terminal(), usage_and_modes(usage_tokens), command_line(context))
+    finish(ledger, Terminal())
 
 
 def ostix360(
@@ -388,10 +389,10 @@ def ostix360(
     # The original reads other text, so its losses cannot stand beside the others.
     ledger = open_ledger(output, "ostix360-full" if full else "ostix360", dry_run)
     if dry_run:
-        print_runs(ostix360_runs(selected, range(seeds), variants), ledger, Console())
+        print_runs(ostix360_runs(selected, range(seeds), variants), ledger, Terminal())
         return
-    run_study(selected, range(seeds), ledger, Console(), variants, command_line(context), timed_steps)
-    finish(ledger, Console())
+    run_study(selected, range(seeds), ledger, Terminal(), variants, command_line(context), timed_steps)
+    finish(ledger, Terminal())
 
 
 def report(
@@ -403,7 +404,7 @@ def report(
     from million_experts.studies.report import write_reports
 
     for path in write_reports(folder):
-        Console().print(f"Report: {path}", markup=False, soft_wrap=True)
+        Terminal().print(f"Report: {path}", markup=False, soft_wrap=True)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
