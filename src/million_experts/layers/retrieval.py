@@ -201,11 +201,11 @@ class ProductKeyRetrieval(nn.Module):
     def retrieve(self, x: Float[Tensor, "T D"], mask: Bool[Tensor, " T"] | None = None) -> Routing:
         """The experts [T, H, k] for tokens x [T, D]; masked tokens must already hold zeros."""
         n1, n2 = self.codebook_sizes
-        sizes = self.keys1.shape[-2], self.keys2.shape[-2], len(self.table)
-        if sizes != (n1, n2, n1 * n2):
+        rows = [t.shape[-2] if t.dim() > 1 else 0 for t in (self.keys1, self.keys2)] + [len(self.table)]
+        if rows != [n1, n2, n1 * n2]:
             raise ValueError(
-                f"keys1, keys2 and the table must have {n1}, {n2} and {n1 * n2} rows, got {sizes[0]}, "
-                f"{sizes[1]} and {sizes[2]}"
+                f"keys1, keys2 and the table must have {n1}, {n2} and {n1 * n2} rows, got {rows[0]}, "
+                f"{rows[1]} and {rows[2]}"
             )
         scores, indices = product_key_topk(
             self._queries(x, mask), *self._codebooks(), self.experts_per_head, self.backend
