@@ -133,3 +133,10 @@ def test_parameters_on_meta_and_buffers_not():
     assert layer.query_norm.running_mean.device.type == "cpu"
     layer.to_empty(device="cpu").reset_parameters()
     assert layer(X).isfinite().all()
+
+
+@torch.no_grad()
+def test_few_tokens_without_running_statistics(assert_close):
+    layer = make_layer().eval()
+    replace_all_batch_norm_modules_(layer)
+    assert_close(layer(X[0]), layer.train()(X[0]))

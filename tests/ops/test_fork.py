@@ -75,79 +75,54 @@ def measure(script: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("used_before", [False, True])
-def test_a_forked_child_shares_the_table(used_before):
-    found = measure(
-        f"""
-        table = table_in_bfloat16()
-        small()
-        if {used_before}:
-            run(table)
-        found = {{}}
-        found["child"], found["sum"] = in_child(lambda: (grown(lambda: run(table)), run(table)))
-        found["right"] = run(table)
-        """
-    )
-    assert found["child"] < TABLE_MB / 8
-    assert found["sum"] == found["right"]
-
-
-def test_the_parent_shares_the_table_with_a_living_child():
+def test_a_table_that_came_through_a_fork_is_not_copied():
     found = measure(
         """
-        table = table_in_bfloat16()
+        fresh, used = table_in_bfloat16(), table_in_bfloat16()
         small()
+        run(used)
+        found = {"child": in_child(lambda: (grown(lambda: run(fresh)), grown(lambda: run(used)), run(fresh)))}
         waits, tells = os.pipe()
         child = os.fork()
-        if child == 0:
+        if child == 0:  # lives on while its parent computes
             os.close(tells)
             os.read(waits, 1)
             os._exit(0)
-        before = alone()
-        run(table)
-        found = {"parent": alone() - before}
+        found["parent"] = grown(lambda: run(fresh)), grown(lambda: run(used)), run(fresh)
         os.close(tells)
         os.waitpid(child, 0)
         """
     )
-    assert found["parent"] < TABLE_MB / 8
+    for *copied, result in found.values():
+        assert max(copied) < TABLE_MB / 8
+        assert result == found["parent"][-1]
 
 
-def test_what_a_child_makes_itself_is_still_moved_onto_huge_pages():
-    found = measure(
-        """
-        moved = []
-        cpu._kernels.collapse_to_huge_pages, collapse = moved.append, cpu._kernels.collapse_to_huge_pages
-        inherited = table_in_bfloat16()
-
-        def child():
-            run(inherited)
-            run(table_in_bfloat16())
-            return len(moved)
-
-        found = {"child": in_child(child)}
-        own = table_in_bfloat16()
-        run(own)
-        found["parent"] = len(moved)
-        """
-    )
-    assert found == {"child": 1, "parent": 1}
-
-
-def test_shared_memory_and_files_stay_where_they_are(tmp_path):
+def test_what_is_moved_onto_huge_pages_and_what_stays(tmp_path):
     found = measure(
         f"""
         moved = []
         cpu._kernels.collapse_to_huge_pages = moved.append
         small()
-        table = table_in_bfloat16()
-        table.share_memory_()
-        found = {{"child": in_child(lambda: grown(lambda: run(table)))}}
-        run(table)
-        torch.save(table, r"{tmp_path / "table.pt"}")
+        inherited, shared = table_in_bfloat16(), table_in_bfloat16()
+        shared.share_memory_()
+
+        def child():
+            copied = grown(lambda: run(shared))
+            run(inherited)
+            before = len(moved)
+            run(table_in_bfloat16())  # its own
+            return copied, before, len(moved)
+
+        found = {{"child": in_child(child)}}
+        run(shared)
+        torch.save(inherited, r"{tmp_path / "table.pt"}")
         run(torch.load(r"{tmp_path / "table.pt"}", mmap=True))
+        found["stayed"] = len(moved)
+        run(inherited)  # of this process alone again
         found["moved"] = len(moved)
         """
     )
-    assert found["moved"] == 0
-    assert found["child"] < TABLE_MB / 8
+    copied, *of_child = found["child"]
+    assert copied < TABLE_MB / 8
+    assert (of_child, found["stayed"], found["moved"]) == ([0, 1], 0, 1)
