@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,11 +25,24 @@ from million_experts.optim import RowwiseAdamW, clip_grad_norm_, parameter_group
 N, D = 64, 8
 
 
-def start(rank: int, world: int, port: int, results: str, name: str) -> None:
-    """Runs the function of this name as one of the ranks; what it returns goes into a file."""
+Job = Callable[[int, int], Any]
+
+
+def run(job: Job, world: int, folder: Path) -> list[Any]:
+    """What job(rank, world) returned on each of `world` ranks, which find it by its module."""
+    results = folder / "results"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(start, (world, port, str(results), job), nprocs=world)
+    return [torch.load(f"{results}.{rank}") for rank in range(world)]
+
+
+def start(rank: int, world: int, port: int, results: str, job: Job) -> None:
+    """Runs a job as one of the ranks; what it returns goes into a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.save(globals()[name](rank, world), f"{results}.{rank}")
+    torch.save(job(rank, world), f"{results}.{rank}")
     dist.barrier()
     dist.destroy_process_group()
 

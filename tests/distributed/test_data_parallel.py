@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks
@@ -19,18 +17,9 @@ from million_experts import PEER
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 
-def run_ranks(name, world, folder):
-    results = folder / "results"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(ranks.start, (world, port, str(results), name), nprocs=world)
-    return [torch.load(f"{results}.{rank}") for rank in range(world)]
-
-
 @pytest.mark.parametrize("world", [2, 3])
 def test_row_gradients_are_exchanged(world, tmp_path):
-    found = run_ranks("exchange", world, tmp_path)
+    found = ranks.run(ranks.exchange, world, tmp_path)
     for case in ranks.EXCHANGES:
         own = [ranks.row_gradient(rank, case) for rank in range(world)]
         if case == "nobody":
@@ -50,7 +39,7 @@ def test_row_gradients_are_exchanged(world, tmp_path):
 def test_query_norm_over_ranks_is_that_of_one_process(tmp_path):
     world = 2
     expected = ranks.norm(0, world, one_process=True)
-    found = run_ranks("norm", world, tmp_path)
+    found = ranks.run(ranks.norm, world, tmp_path)
     for batch in range(4):
         for name in (f"y {batch}", f"dx {batch}"):
             together = torch.cat([of_rank[name] for of_rank in found])
@@ -69,7 +58,7 @@ def test_ranks_train_as_one_process(tmp_path):
     """Accumulation and clipping included, and a rank whose tokens are all masked."""
     world = 2
     expected = ranks.train(0, world, one_process=True)
-    found = run_ranks("train", world, tmp_path)
+    found = ranks.run(ranks.train, world, tmp_path)
     assert (expected["norms"] > 0.5).all(), "otherwise nothing is clipped"
     for name, tensor in expected.items():
         for of_rank in found:

@@ -1,9 +1,11 @@
 """Says what trains a table whose gradient comes as rows, where programs would fail on it without a reason.
 
-PyTorch has no norm of a sparse gradient, most of its optimisers take none, and DistributedDataParallel does
-not exchange one. A loop that knows nothing of `sparse_grad=True` meets one of them before its first step.
+PyTorch has no norm of a sparse gradient, most of its optimisers take none, and DistributedDataParallel and
+`fully_shard` do not exchange one. A loop that does not know `sparse_grad=True` meets one of them before its
+first step.
 """
 
+import sys
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -22,7 +24,7 @@ _TAKE_ROWS = (SparseAdam, SGD, Adagrad, LBFGS)
 
 #: Tables that have been promised a sparse gradient.
 _tables: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
-_norms: list[torch.library.Library] = []  # what is registered with PyTorch, once there is a table
+_refusals: dict[str, torch.library.Library] = {}  # what is registered with PyTorch, once there is a table
 
 
 def expect_row_gradient(table: Tensor) -> None:
@@ -35,9 +37,13 @@ def expect_row_gradient(table: Tensor) -> None:
         torch.compiler.is_compiling() or type(table) is not nn.Parameter
     ):  # traced, or computed from another tensor
         return
-    if not _norms:
+    if not _refusals:
         register_optimizer_step_pre_hook(_refuse_optimizer)
-        _norms.extend(map(_without_norm, ("SparseCPU", "SparseCUDA")))
+        # A norm is what loops that clip gradients ask for first.
+        _refuse("aten::linalg_vector_norm", "PyTorch has no norm of a sparse tensor")
+    sharding = "torch.distributed.fsdp" in sys.modules
+    if sharding and "fsdp::chunk_cat" not in _refusals and hasattr(torch.ops.fsdp, "chunk_cat"):
+        _refuse("fsdp::chunk_cat", "fully_shard does not exchange sparse gradients")
     _tables[table] = None
     wrapper = DistributedDataParallel._active_ddp_module
     if wrapper is not None and any(p is table for p in wrapper._module_parameters):
@@ -48,18 +54,19 @@ def expect_row_gradient(table: Tensor) -> None:
         )
 
 
-def _without_norm(key: str) -> torch.library.Library:
-    """Puts a reason where PyTorch has no kernel: a norm is what loops that clip gradients ask for first."""
+def _refuse(operation: str, reason: str) -> None:
+    """Puts a reason where PyTorch has no kernel for sparse tensors."""
 
-    def no_norm(*_: Any, **__: Any) -> Tensor:
+    def refuse(*_: Any, **__: Any) -> Tensor:
         raise NotImplementedError(
-            "PyTorch has no norm of a sparse tensor. If it is the gradient of a layer with sparse_grad=True: "
-            + _ADVICE
+            f"{reason}. If it is the gradient of a layer with sparse_grad=True: {_ADVICE}"
         )
 
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("linalg_vector_norm", no_norm, key)
-    return library
+    namespace, _, name = operation.partition("::")
+    library = torch.library.Library(namespace, "IMPL")
+    for key in ("SparseCPU", "SparseCUDA"):
+        library.impl(name, refuse, key)
+    _refusals[operation] = library
 
 
 def _refuse_optimizer(optimizer: Optimizer, *_: Any) -> None:
