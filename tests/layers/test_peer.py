@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -509,6 +510,20 @@ def test_an_int_takes_its_most_square_factorisation(number):
         ValueError, match=rf"num_experts={number} has no .* that work are {below} or {above},"
     ):
         factorise(number)
+
+
+@pytest.mark.parametrize("number", [2**40 - 87, 10**18 + 9, 2**63, (2**21, 2**20), (10**30, 1)])
+def test_sizes_beyond_any_table_are_answered_at_once(number):
+    start = time.monotonic()
+    message = r"num_experts(=\d+ has no factorisation| must be at most 1099511627776)"
+    with pytest.raises(ValueError, match=message):
+        factorise(number)
+    assert time.monotonic() - start < 5
+
+
+def test_the_largest_table_has_its_factors():
+    assert factorise(2**40) == (2**20, 2**20)
+    assert factorise(2**39) == (2**20, 2**19)
 
 
 def test_a_pair_is_taken_as_it_is():
