@@ -1,5 +1,7 @@
 """What is printed: text of strangers cannot steer the terminal, and every terminal can show it."""
 
+import errno
+import os
 import re
 import sys
 import threading
@@ -27,7 +29,11 @@ def printable(text: str, encoding: str | None = None) -> str:
 
 
 class Terminal(Console):
-    """rich's `Console`, of which all output is `printable`; rich's own colours and bars stay."""
+    """rich's `Console`, of which all output is `printable`; rich's own colours and bars stay.
+
+    Where the terminal is gone, because its window was closed or its line broke, output is dropped: whoever
+    prints has work to do.
+    """
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for text, style, control in super().render(renderable, options):
@@ -37,6 +43,16 @@ class Terminal(Console):
         if self.options.ascii_only:
             options.setdefault("spinner", "line")
         return super().status(status, **options)
+
+    def _write_buffer(self) -> None:
+        try:
+            super()._write_buffer()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.file.fileno())
+            os.close(nowhere)
 
 
 def escape_what_cannot_be_encoded() -> None:

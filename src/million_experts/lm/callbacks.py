@@ -1,6 +1,5 @@
 """Callbacks for transformers' Trainer: expert usage in any of them, and progress and interruption in ours."""
 
-import os
 import signal
 import sys
 import threading
@@ -272,26 +271,16 @@ class InterruptCallback(TrainerCallback):
     def __init__(self) -> None:
         self.interrupted = False
         self._previous: dict[int, Any] = {}
-        self._terminals: list[int] = []
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.interrupted = True
-        self._leave_dead_terminals()
         # Not the console: its lock may be held by what the signal interrupted.
         with suppress(OSError, ValueError):  # its reader may be gone
             sys.stderr.write(
                 "\nStopping at the end of this step, with a checkpoint; Ctrl-C again stops at once.\n"
             )
-
-    def _leave_dead_terminals(self) -> None:
-        """To print to a terminal that is gone would be an error, before the checkpoint."""
-        for terminal in self._terminals:
-            if not os.isatty(terminal):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, terminal)
-                os.close(nowhere)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -300,7 +289,6 @@ class InterruptCallback(TrainerCallback):
             numbers = [signal.SIGINT, signal.SIGTERM]
             if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
                 numbers.append(signal.SIGHUP)
-            self._terminals = [handle for handle in (1, 2) if os.isatty(handle)]
             self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
     def on_step_end(
