@@ -71,7 +71,7 @@ def test_a_rank_with_padding_alone(tmp_path):
     layer = PEER(ranks.D, ranks.N, 2, 4, 4)
     x, mask, dy = ranks.tokens(2)
     (layer(x[2, :6], mask[2, :6]) * dy[2, :6]).sum().backward()
-    found = run_ranks("padding", 2, tmp_path)
+    found = ranks.run(ranks.padding, 2, tmp_path)
     for synchronised in (False, True):
         for name, parameter in layer.named_parameters():
             for of_rank in found:  # the mean over ranks, of which one gives nothing
