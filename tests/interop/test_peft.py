@@ -180,17 +180,6 @@ def test_the_statistics_of_a_frozen_norm_stay(make_model, tokens):
     assert torch.equal(norm.running_mean, before)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize(("kind", "parameter"), [("peer", "experts"), ("pkm", "values")])
-def test_an_adapter_of_the_table_is_refused(make_model, tokens, refused, kind, parameter, sparse):
-    """`target_parameters` on the table of experts, which would build a second table at every forward pass"""
-    arguments = {"num_experts": 16**2, "num_heads": 2, "experts_per_head": 4, "key_dim": 16}
-    model = make_model(mlp_layer_types=["dense", kind], **{kind: arguments | {"sparse_grad": sparse}})
-    config = peft.LoraConfig(target_modules=[], target_parameters=[f"mlp.{parameter}"], r=2)
-    with refused((ValueError, RuntimeError, NotImplementedError), match=parameter):
-        peft.get_peft_model(model, config)(input_ids=tokens)
-
-
 @pytest.mark.parametrize("parameter", ["keys1", "keys2"])
 def test_an_adapter_of_the_keys_works(make_model, run_model, tokens, assert_close, parameter):
     """`target_parameters` on the sub-keys: gradients, merged as unmerged"""

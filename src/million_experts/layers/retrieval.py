@@ -2,6 +2,7 @@
 
 import math
 import operator
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from million_experts._arguments import check_choice, check_positive, is_integer
@@ -168,6 +170,22 @@ class ProductKeyRetrieval(nn.Module):
     def table(self) -> nn.Parameter:
         """The parameter whose N rows are retrieved; layers may share it."""
         raise NotImplementedError
+
+    def __delattr__(self, name: str) -> None:
+        """As any module's, but that a table stays: PyTorch takes a parameter out before it parametrises it.
+
+        Raises:
+            ValueError: `torch.nn.utils.parametrize`, or PEFT by its means, would compute the table anew.
+        """
+        parametrises = sys._getframe(1).f_globals.get("__name__") == parametrize.__name__
+        if parametrises and name in self._parameters and self._parameters[name] is self.table:
+            raise ValueError(
+                f"{name} must not be parametrised, as PEFT's target_parameters do: every forward pass would "
+                f"compute a second table of {self.num_experts} rows. Train its rows (sparse_grad=True and "
+                "RowwiseAdamW of million_experts.optim), train and keep the whole layer by PEFT's "
+                "modules_to_save, or adapt query_proj by target_modules"
+            )
+        super().__delattr__(name)
 
     def reset_retrieval(self) -> None:
         """Draws the query projection and the sub-keys anew, and resets the query norm."""
