@@ -328,3 +328,16 @@ def test_a_command_says_it_in_a_line(folder, command):
 def test_generation_settings_that_cannot_be_used_are_a_line(folder, content):
     (folder / "generation_config.json").write_text(content)
     assert f"model {folder} has something that text cannot be written with" in run("generate", folder)
+
+
+def test_names_and_text_of_strangers_are_printed_not_obeyed(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "\x1b[31mred")
+    written = CliRunner().invoke(cli.app, ["generate", str(folder), "--prompt", "the \x1b]0;mine\x07"])
+    assert written.exit_code == 0
+    assert written.stdout.startswith(r"the \x1b]0;mine\x07")
+    change_weights(folder, lambda tensors: tensors.update({"\x1b[2Jextra": torch.zeros(3)}))
+    for command in COMMANDS[:-1]:
+        line = run(command, folder)
+        assert "\x1b" not in line
+        assert r"\x1b[31mred" in line
+        assert r"holds \x1b[2Jextra" in line

@@ -61,15 +61,27 @@ def load_model(folder: str) -> PreTrainedModel:
             # Before they are loaded: a table that the file lacks would be drawn, however large.
             with torch.device("meta"):
                 check_fits(Path(folder), PeerForCausalLM(config))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, trust_remote_code=False, output_loading_info=True
-        )
+        with _silent():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, trust_remote_code=False, output_loading_info=True
+            )
         model, report = loaded
         refuse_names(report["missing_keys"], "they lack")
         refuse_names(report["unexpected_keys"], "they hold", "which config.json leaves no place for")
         check_finite(model)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         return model.eval().to(device)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    # transformers reports what it loads on many lines, with the names that stand in the file.
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
