@@ -423,6 +423,22 @@ def test_resuming_with_sparse_gradients_goes_the_same_way(tmp_path, accumulation
     assert table["exp_avg"].dtype == state.get("momentum_dtype", torch.float32)
 
 
+@pytest.mark.parametrize("last", [10**9, -1])
+def test_an_optimiser_state_that_cannot_be_is_refused(tmp_path, last):
+    make_sparse_trainer(tmp_path / "run", steps=2).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    stored = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    (table,) = (state for state in stored["state"].values() if "last_step" in state)
+    table["last_step"][7] = last
+    torch.save(stored, checkpoint / "optimizer.pt")
+    resumed = make_sparse_trainer(tmp_path / "run", steps=4)
+    message = (
+        r"checkpoint .*checkpoint-2 cannot be resumed: the state of parameter \d+, .* last_step must lie in"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_loading_the_best_model_is_refused(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
     with pytest.raises(ValueError, match="load_best_model_at_end must be False"):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from million_experts.optim import RowwiseAdamW
+from million_experts.optim.stored_state import refuse_misfits
 
 N, D = 6, 4
 
@@ -215,11 +216,30 @@ def test_states_of_parameters_in_another_order_are_refused():
     optimizer.step()
 
 
+@pytest.mark.parametrize(("kind", "change", "message"), [case for case in CASES if case[0] == "dense"])
+def test_torchs_fused_adamw_refuses_the_same_where_we_train_with_it(kind, change, message):
+    stored = copy.deepcopy(trained(kind)[1].state_dict())
+    p = nn.Parameter(torch.ones(N, D))
+    optimizer = torch.optim.AdamW([p], fused=True)
+    optimizer.register_load_state_dict_pre_hook(refuse_misfits)
+    with pytest.raises(ValueError, match="is of rows"):
+        optimizer.load_state_dict(copy.deepcopy(trained("rows")[1].state_dict()))
+    optimizer.load_state_dict(copy.deepcopy(stored))
+    before = copy.deepcopy(optimizer.state_dict())
+    change(stored["state"][0])
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(stored)
+    assert same(before, optimizer.state_dict())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"lr": math.nan}, "lr must be a finite number"),
         ({"betas": (0.9, 1.5)}, "betas must be two numbers"),
+        ({"betas": None}, "an option of a group has another type"),
+        ({"eps": None}, "an option of a group has another type"),
+        ({"params": None}, "param_groups must be a dict with params"),
         ({"second_moment": "column"}, "second_moment must be one of"),
         ({"momentum_dtype": torch.int8}, "momentum_dtype must be"),
         ({"seed": "1"}, "seed must be an int"),

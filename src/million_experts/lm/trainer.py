@@ -20,7 +20,7 @@ from million_experts.distributed import (
 )
 from million_experts.layers import ProductKeyRetrieval
 from million_experts.lm.callbacks import ResourceCallback
-from million_experts.lm.checkpoints import list_checkpoints
+from million_experts.lm.checkpoints import CheckpointError, list_checkpoints
 from million_experts.lm.files import explained, scratch_folder, settle, sync
 from million_experts.optim import RowwiseAdamW, clip_grad_norm_
 
@@ -184,6 +184,12 @@ class LanguageModelTrainer(Trainer):
             logger.setLevel(level)
         self.state.compute_steps(self.args, max_steps)
         return done
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {checkpoint} cannot be resumed: {error}") from error
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # A tied tensor is stored under one of its names: the other is not missing.

@@ -47,6 +47,7 @@ from million_experts.models.attention import with_fast_attention
 from million_experts.models.feed_forwards import FEED_FORWARDS
 from million_experts.models.versions import name_here
 from million_experts.optim import RowwiseAdamW, parameter_groups
+from million_experts.optim.stored_state import refuse_misfits
 
 
 def train(settings: TrainSettings, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -301,7 +302,9 @@ def make_optimizer(model: PeerForCausalLM, settings: TrainSettings) -> torch.opt
         return RowwiseAdamW(
             groups, betas=betas, second_moment=settings.table_second_moment, seed=settings.seed
         )
-    return torch.optim.AdamW(groups, betas=betas, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
+    optimizer.register_load_state_dict_pre_hook(refuse_misfits)
+    return optimizer
 
 
 def _make_trainer(

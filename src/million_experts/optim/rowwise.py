@@ -1,6 +1,7 @@
 """AdamW whose step costs the rows touched."""
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -172,7 +173,11 @@ class RowwiseAdamW(Optimizer):
         fitted: dict[Any, dict[str, Any]] = {}
 
         def take_state(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            fitted.update(fitted_states(self.param_groups, self.defaults, loaded))
+            states = fitted_states(self.param_groups, self.defaults, loaded)
+            indices = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+            params = chain.from_iterable(group["params"] for group in self.param_groups)
+            by_index = dict(zip(indices, params, strict=False))  # torch refuses another number, after this
+            fitted.update({by_index.get(index, index): state for index, state in states.items()})
             return loaded | {"state": {}}
 
         def put_state(_: Optimizer) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from million_experts.ops.checks import check_stored
 from million_experts.optim.row_state import TENSORS, has_rows
@@ -21,7 +22,7 @@ from million_experts.optim.rowwise_checks import (
 def fitted_states(
     groups: list[dict[str, Any]], defaults: dict[str, Any], stored: dict[str, Any]
 ) -> dict[Any, dict[str, Any]]:
-    """The states that a stored dictionary has for the parameters of the groups, on their devices.
+    """The stored states, by index, as the groups' parameters take them: on their devices, laid out as they.
 
     Tensors keep their dtypes; torch's own loading casts them to the parameter's, which would ruin float32
     moments and the counters of a bfloat16 table.
@@ -35,19 +36,37 @@ def fitted_states(
     found: dict[Any, dict[str, Any]] = dict(stored["state"])
     # torch refuses another number of groups or parameters in a sentence of its own, after this.
     for own, group in zip(groups, stored["param_groups"], strict=False):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            raise ValueError("each of param_groups must be a dict with params, a list")
         options = defaults | group
-        check_options(options)
-        for p, index in zip(own["params"], group.get("params", ()), strict=False):
-            state = found.pop(index, None)
-            if not state:
+        try:
+            check_options(options)
+        except TypeError as error:
+            raise ValueError(f"an option of a group has another type: {error}") from None
+        for p, index in zip(own["params"], group["params"], strict=False):
+            if not found.get(index):
                 continue
             try:
-                found[p] = _fitted(p, state, options)
+                found[index] = _fitted(p, found[index], options)
             except (ValueError, BufferError) as error:
                 raise ValueError(
                     f"the state of parameter {index}, of shape {list(p.shape)}, does not fit: {error}"
                 ) from None
     return found
+
+
+def refuse_misfits(optimizer: Optimizer, stored: dict[str, Any]) -> dict[str, Any]:
+    """A pre-hook of `load_state_dict` for torch's fused AdamW, which takes the sizes of a state for granted.
+
+    Raises:
+        ValueError: an option or a state that does not fit; the message names the parameter, and what.
+    """
+    ours = {"second_moment": "element", "momentum_dtype": None, "seed": 0}
+    states = fitted_states(optimizer.param_groups, ours | optimizer.defaults, stored)
+    for index, state in states.items():
+        if has_rows(state):
+            raise ValueError(f"the state of parameter {index} is of rows: sparse gradients have trained it")
+    return stored | {"state": states}
 
 
 def _fitted(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
