@@ -92,8 +92,13 @@ def test_a_checkpoint_is_dispatched(make_model, run_model, tmp_path, device_map)
     plain.save_pretrained(tmp_path / "model")
     with accelerate.init_empty_weights():
         model = PeerForCausalLM(plain.config)
+    model.tie_weights()
     accelerate.load_checkpoint_and_dispatch(
-        model, str(tmp_path / "model"), device_map=device_map, offload_folder=tmp_path / "offload"
+        model,
+        str(tmp_path / "model"),
+        device_map=device_map,
+        offload_folder=tmp_path / "offload",
+        offload_buffers=True,
     )
     assert torch.equal(run_model(model.eval()), run_model(plain))
 

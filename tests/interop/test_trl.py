@@ -104,25 +104,63 @@ def test_fine_tuning_of_a_folder(make_model, tokenizer, tmp_path):
     assert found[-1] < found[0]
 
 
-def test_the_routers_loss_counts(make_model, tokenizer, tmp_path):
-    """`SFTTrainer` on a mixture of experts: the router learns from its balancing loss"""
+MOE = {"num_experts": 4, "width": 16, "router_loss_coef": 0.5}
 
-    def router(coefficient):
-        model = make_model(
-            mlp_layer_types=["dense", "moe"],
-            moe={"num_experts": 4, "width": 16, "router_loss_coef": coefficient},
-        )
-        trainer = SFTTrainer(
-            model,
-            arguments(tmp_path, optim="sgd", max_grad_norm=0.0),
-            train_dataset=Dataset.from_list(ROWS),
-            processing_class=tokenizer,
-        )
-        losses(trainer)
-        return dict(model.model.layers[1].mlp.named_parameters())
 
-    without, heavy = router(0.0), router(100.0)
-    assert any("router" in name and not torch.equal(heavy[name], without[name]) for name in without)
+def mixture(make_model, **arguments):
+    return make_model(mlp_layer_types=["dense", "moe"], moe=MOE | arguments)
+
+
+def tuner(model, tokenizer, folder, **settings):
+    return SFTTrainer(
+        model,
+        arguments(folder, **settings),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tokenizer,
+    )
+
+
+@pytest.mark.parametrize("how", ["plain", "checkpointing", "smoothing", "padding_free"])
+def test_the_routers_loss_counts(make_model, tokenizer, tmp_path, how):
+    """`SFTTrainer` on a mixture of experts: the balancing loss counts once, as in the model's own loss"""
+    settings = {
+        "checkpointing": {"gradient_checkpointing": True},
+        "smoothing": {"label_smoothing_factor": 0.1},
+        "padding_free": {"padding_free": True, "max_length": None},
+    }.get(how, {})
+    model = mixture(make_model)
+    trainer = tuner(model, tokenizer, tmp_path, **settings)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(model.train(), dict(batch))
+    loss.backward()
+
+    own = mixture(make_model).train()
+    outputs = own(**batch)
+    expected = outputs.loss
+    if how == "smoothing":
+        expected = trainer.label_smoother(outputs, batch["labels"], shift_labels=True)
+    assert 0.9 < outputs.router_loss < 2  # 0.5 times k = 2 where even, E = 4 at most
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    got, wanted = (m.model.layers[1].mlp.router.weight.grad for m in (model, own))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    assert wanted.abs().max() > 1e-3
+
+
+def test_the_routers_loss_in_training(make_model, tokenizer, tmp_path):
+    """`SFTTrainer(router_aux_loss_coef=...)`: that factor counts, and is saved as `moe`'s"""
+    found = {}
+    for factor in (0.0, 2.0):
+        model = mixture(make_model)
+        trainer = tuner(model, tokenizer, tmp_path, router_aux_loss_coef=factor)
+        found[factor] = losses(trainer)[0]
+    assert "output_router_logits" not in model.config.to_dict()
+    trainer.save_model(tmp_path / "model")
+    again = PeerForCausalLM.from_pretrained(tmp_path / "model")
+    assert again.config.moe["router_loss_coef"] == 2.0
+    assert not again.config.output_router_logits
+    outputs = mixture(make_model).train()(**batch_of(tokenizer))
+    assert found[2.0] - found[0.0] == pytest.approx(outputs.router_loss.item() / 0.5 * 2.0, rel=1e-2)
 
 
 def test_preferences(make_model, tokenizer, tmp_path):
@@ -137,3 +175,19 @@ def test_preferences(make_model, tokenizer, tmp_path):
     found = losses(trainer)
     assert found[0] == pytest.approx(0.6931, abs=1e-3)
     assert found[-1] < found[0]
+
+
+def test_preferences_and_routers(make_model, tokenizer, tmp_path):
+    """`DPOTrainer` on a mixture of experts: its loss and the balancing loss"""
+    mixture(make_model).save_pretrained(tmp_path)
+    model = PeerForCausalLM.from_pretrained(tmp_path)
+    trainer = DPOTrainer(
+        model,
+        args=arguments(tmp_path, DPOConfig),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(model.train(), dict(batch))
+    own = model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert loss.item() == pytest.approx(0.6931 + own.router_loss.item(), abs=1e-3)

@@ -166,18 +166,37 @@ class TokenChoiceMoE(MixtureOfExperts):
 
     @overload
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, return_router_loss: Literal[False] = False
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        return_router_loss: Literal[False] = False,
+        return_router_logits: Literal[False] = False,
     ) -> Tensor: ...
     @overload
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, *, return_router_loss: Literal[True]
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        return_router_loss: Literal[True],
+        return_router_logits: Literal[False] = False,
     ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        return_router_loss: bool = False,
+        *,
+        return_router_logits: Literal[True],
+    ) -> tuple[Tensor, ...]: ...
     def forward(
         self,
         x: Float[Tensor, "*batch D"],
         mask: Bool[Tensor, "*batch"] | None = None,
         return_router_loss: bool = False,
-    ) -> Float[Tensor, "*batch D"] | tuple[Float[Tensor, "*batch D"], Float[Tensor, ""]]:
+        return_router_logits: bool = False,
+    ) -> Float[Tensor, "*batch D"] | tuple[Tensor, ...]:
         """Applies the layer to tokens x [..., D].
 
         Args:
@@ -185,9 +204,10 @@ class TokenChoiceMoE(MixtureOfExperts):
             mask: [...] bool, True for a real token. Masked tokens give zeros, go to no expert, do not count
                 in the balancing loss and receive zero gradient, whatever they hold.
             return_router_loss: also return the balancing loss times `router_loss_coef`.
+            return_router_logits: also return the router's logits [T, E] of all tokens, masked ones included.
 
         Returns:
-            y [..., D], or (y, loss).
+            y [..., D]; or (y, loss), (y, logits) or (y, loss, logits), as asked for.
 
         Raises:
             ValueError: a last dimension other than `dim`; a mask of another shape or dtype.
@@ -196,9 +216,12 @@ class TokenChoiceMoE(MixtureOfExperts):
         logits = self._logits(tokens)
         best, chosen = logits.topk(self.experts_per_token)
         y = self._mix(tokens, chosen, best.softmax(-1), mask).view(x.shape)
-        if not return_router_loss:
-            return y
-        return y, self.router_loss_coef * balancing_loss(logits, chosen, mask)
+        also: list[Tensor] = []
+        if return_router_loss:
+            also.append(self.router_loss_coef * balancing_loss(logits, chosen, mask))
+        if return_router_logits:
+            also.append(logits)
+        return (y, *also) if also else y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, experts_per_token={self.experts_per_token}"

@@ -57,13 +57,14 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         token_mask: Tensor | None = None,
         output_routing: bool = False,
+        output_router_logits: bool = False,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, ...]:
         """The block's output [batch, sequence, D]. `kwargs` go to the attention, the cache among them.
 
         If `output_routing` and the feed-forward is routed: (output, indices, gates, scores). They are not
         packed into a `Routing` here, since reentrant checkpointing sees no gradient in nested tuples. If its
-        router has a loss, in training: (output, loss).
+        router has a loss, in training or if `output_router_logits`: (output, loss, logits).
         """
         attended, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
@@ -73,9 +74,10 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         masked = {"mask": token_mask} if self.mlp_takes_mask else {}
-        if self.mlp_has_router_loss and self.training:
-            update, loss = self.mlp(normed, **masked, return_router_loss=True)
-            return hidden_states + update, loss
+        if self.mlp_has_router_loss and (self.training or output_router_logits):
+            asked = {"return_router_loss": True, "return_router_logits": True}
+            update, *rest = self.mlp(normed, **masked, **asked)
+            return hidden_states + update, *rest
         if self.mlp_is_routed and output_routing:
             update, routing = self.mlp(normed, **masked, return_routing=True)
             return hidden_states + update, *routing

@@ -17,6 +17,7 @@ from million_experts._arguments import did_you_mean
 from .feed_forwards import FEED_FORWARDS, check_feed_forward, complete_arguments
 from .hub import AUTO_MAP, write_module
 from .registration import register_models
+from .router_settings import RouterSettings
 from .weights import read_json_object
 
 __all__ = ["PeerConfig"]
@@ -35,7 +36,7 @@ SIZES = (
 
 
 @strict  # which checks the fields' types, as long as their annotations are no strings
-class PeerConfig(PreTrainedConfig):
+class PeerConfig(RouterSettings, PreTrainedConfig):
     """Configuration of `PeerModel` and `PeerForCausalLM`.
 
     Attention, norms and rotary embeddings are Llama's and so are the names of their settings. The
@@ -87,7 +88,7 @@ class PeerConfig(PreTrainedConfig):
     """
 
     model_type = "peer"
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "routing"]  # noqa: RUF012 (not a field)
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "routing", "router_logits"]  # noqa: RUF012 (no field)
     default_theta = 10000.0
     # Tensor parallelism cuts the attention as Llama's; each rank has the feed-forwards whole.
     base_model_tp_plan = {  # noqa: RUF012
@@ -284,6 +285,9 @@ _LLAMAS = {
     "mlp_bias": "the feed-forwards have no biases",
 }
 
+# What Mixtral calls the settings of its experts: programs read these names, nobody gives them.
+_MIXTRALS = {"num_experts_per_tok": "experts_per_token", "router_aux_loss_coef": "router_loss_coef"}
+
 
 def _refuse_misplaced(kwargs: dict[str, Any]) -> None:
     # transformers keeps unknown settings as attributes: `PeerConfig(num_experts=...)` would do nothing.
@@ -293,6 +297,8 @@ def _refuse_misplaced(kwargs: dict[str, Any]) -> None:
                 raise ValueError(
                     f"{name!r} is an argument of the {kind!r} layers: give {kind}=dict({name}=...)."
                 )
+        if name in _MIXTRALS:
+            raise ValueError(f"{name!r} is Mixtral's name: give moe=dict({_MIXTRALS[name]}=...).")
         if value and name in _LLAMAS:
             raise ValueError(
                 f"{name!r} is a setting of Llama's feed-forward, got {value!r}: {_LLAMAS[name]}."

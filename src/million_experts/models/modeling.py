@@ -170,6 +170,7 @@ class PeerModel(PeerPreTrainedModel):
         use_cache: bool | None = None,
         output_routing: bool | None = None,
         cache: Cache | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> PeerModelOutput:
         """Hidden states of a batch of sequences.
@@ -187,6 +188,8 @@ class PeerModel(PeerPreTrainedModel):
             output_routing: whether to return the routing of each layer with product keys; by default as
                 configured.
             cache: earlier tokens' keys and values.
+            output_router_logits: whether to return the logits of each router that has a loss; by default as
+                configured. Programs that compute such a loss themselves, TRL among them, ask for them.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`, and what the attention takes.
 
         Raises:
@@ -197,6 +200,8 @@ class PeerModel(PeerPreTrainedModel):
         cache = _one_cache(cache, past_key_values)
         if output_routing is None:
             output_routing = self.config.output_routing
+        if output_router_logits is None:  # a setting of configurations with routers alone
+            output_router_logits = getattr(self.config, "output_router_logits", False)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
@@ -221,6 +226,7 @@ class PeerModel(PeerPreTrainedModel):
         token_mask = _token_mask(attention_mask, inputs_embeds)
         routing: list[Routing] = []
         router_losses: list[Tensor] = []
+        router_logits: list[Tensor] = []
         # Fewer than there are where `generate` drafts with the first blocks alone (`assistant_early_exit`).
         for layer in self.layers[: self.config.num_hidden_layers]:
             outputs = layer(
@@ -231,6 +237,7 @@ class PeerModel(PeerPreTrainedModel):
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 output_routing=output_routing,
+                output_router_logits=output_router_logits,
                 **named_cache(cache),
                 **kwargs,
             )
@@ -239,7 +246,8 @@ class PeerModel(PeerPreTrainedModel):
                 continue
             hidden_states, *rest = outputs
             if layer.mlp_has_router_loss:
-                router_losses += rest
+                router_losses += rest[:1] if layer.training else []
+                router_logits += rest[1:]
             else:
                 routing.append(Routing(*rest))
 
@@ -248,6 +256,7 @@ class PeerModel(PeerPreTrainedModel):
             **named_cache(cache),
             routing=tuple(routing) if output_routing else None,
             router_loss=torch.stack(router_losses).sum() if router_losses else None,
+            router_logits=tuple(router_logits) if output_router_logits else None,
         )
 
 
@@ -324,6 +333,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             routing=outputs.routing,
             router_loss=outputs.router_loss,
+            router_logits=outputs.router_logits,
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

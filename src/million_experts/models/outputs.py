@@ -30,22 +30,25 @@ class PeerModelOutput(BaseModelOutputWithPast):
 
     `routing`, if asked for, has one `Routing` for each layer with product keys, in order: its `indices`,
     `gates` and `scores` are [batch, sequence, heads, experts per head]. `router_loss` is the sum of the
-    routers' own losses, in training alone and where a layer has one.
+    routers' own losses, in training alone and where a layer has one. `router_logits`, if asked for, has
+    the logits [batch * sequence, experts] of each router with such a loss, padding included.
     """
 
     routing: tuple[Routing, ...] | None = None
     router_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class PeerCausalLMOutput(CausalLMOutputWithPast):
-    """What `PeerForCausalLM` returns; `routing` and `router_loss` as in `PeerModelOutput`.
+    """What `PeerForCausalLM` returns; `routing` and what is the routers' as in `PeerModelOutput`.
 
     In training `loss` contains `router_loss`.
     """
 
     routing: tuple[Routing, ...] | None = None
     router_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 if _CACHE != "cache":  # the name that code for every version may read
