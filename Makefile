@@ -48,8 +48,8 @@ bench: $(VENV)/.installed ## Measure the layer beside others: time and peak memo
 bench-check: $(VENV)/.installed ## Fail when a ratio got more than 25 % worse than the committed results
 	$(BIN)/million-experts bench --check docs/results/bench
 
-bench-gpu: $(VENV)/.installed ## Time the Triton kernels on a GPU; ends in a block to paste into an issue
-	@$(BIN)/python -m million_experts.benchmarks.gpu
+bench-gpu: $(VENV)/.installed ## Check and time the Triton kernels on a GPU: eight minutes, rows in runs/gpu
+	@$(BIN)/python -m million_experts.benchmarks.gpu --minutes 8 --output runs/gpu
 
 # Two processes, each with some files. Threads that wait for work must not take the other's core. Triton's interpreter
 # is for a whole process or not at all.

@@ -142,10 +142,11 @@ def test_no_other_kind_of_command_is_shown():
         "make ",
         "torchrun ",
         'pip install -c constraints.txt ".[train,data]"',
-        # in an environment of the reader's; tests/ops/triton/test_gpu_suite.py runs both
+        # in an environment of the reader's; tests/ops/triton/test_gpu_suite.py runs them
         "pip install -e . pytest pytest-timeout hypothesis psutil",
         "python -m pytest -rs tests/gpu",
         "python -m million_experts.benchmarks.gpu",
+        "PYTHONPATH=src python -m million_experts.benchmarks.gpu",
     )
     assert [c for c in commands() if not c.startswith(known)] == []
 

@@ -1,4 +1,4 @@
-"""The benchmark of the GPU's kernels finds out what is wrong, and survives what does not fit."""
+"""The operations that are timed on a GPU: what is wrong is not timed, and bytes are those of the model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from million_experts.benchmarks import correctness, gpu
+from million_experts.benchmarks.gpu import compare, costs, fast, operations
+from million_experts.benchmarks.gpu.costs import Shape
 from million_experts.ops import reference
 
-(TINY,) = gpu.TINY
-SHAPES = (TINY, replace(TINY, dtype=torch.bfloat16))
+TINY = Shape(3, 5, 20, "float32", H=2, k=3, d=4)
+SHAPES = (TINY, replace(TINY, dtype="bfloat16"))
 CPU = torch.device("cpu")
 
-# The function behind each part, and how many of its results are compared.
+# The function behind each operation, and how many of its results are compared.
 FUNCTIONS = {
     "retrieval, forward": ("product_key_topk", 2),
     "retrieval, backward": ("product_key_topk_backward", 3),
@@ -32,35 +33,38 @@ def kernels(monkeypatch) -> SimpleNamespace:
     """In place of the kernels, the reference's functions, to be replaced."""
     functions = SimpleNamespace(**{name: getattr(reference, name) for name, _ in FUNCTIONS.values()})
     modules = {"triton": functions, "reference": reference}
-    monkeypatch.setattr(gpu, "implementation", modules.__getitem__)
+    monkeypatch.setattr(operations, "implementation", modules.__getitem__)
+    monkeypatch.setattr(fast, "choices", dict)
     return functions
 
 
-def measure(part: str, shape: gpu.Shape = TINY) -> dict:
-    return gpu.measure(shape, gpu.PARTS[part], CPU, 1e9, 2)
+def measure(name: str, shape: Shape = TINY) -> dict:
+    (row,) = fast.operation(fast.Clock(CPU, repetitions=3), name, shape)
+    json.dumps(row, allow_nan=row["status"] == "wrong")
+    return row
 
 
 def assert_wrong(row: dict) -> None:
     assert row["status"] == "wrong"
-    assert "from the reference" in row["fault"]
+    assert "result" in row["fault"]
     assert "seconds" not in row
-    json.dumps(row, allow_nan=False)
 
 
-@pytest.mark.parametrize("part", gpu.PARTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=["float32", "bfloat16"])
-def test_what_agrees_is_timed(part, shape, kernels):
-    row = measure(part, shape)
+@pytest.mark.parametrize("name", costs.OPERATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_agrees_is_timed(name, shape, kernels):
+    row = measure(name, shape)
     assert row["status"] == "timed"
     assert row["error"] == 0
     assert row["seconds"]["median"] > 0
+    assert row["over_roofline"] == pytest.approx(row["seconds"]["median"] / row["roofline_seconds"])
 
 
-@pytest.mark.parametrize(("part", "result"), [(p, i) for p, (_, n) in FUNCTIONS.items() for i in range(n)])
+@pytest.mark.parametrize(("name", "result"), [(p, i) for p, (_, n) in FUNCTIONS.items() for i in range(n)])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 30.0])
-def test_one_wrong_number_of_any_result_is_found(part, result, poison, kernels):
-    name, count = FUNCTIONS[part]
-    right = getattr(reference, name)
+def test_one_wrong_number_of_any_result_is_found(name, result, poison, kernels):
+    function, count = FUNCTIONS[name]
+    right = getattr(reference, function)
 
     def wrong(*arguments):
         results = right(*arguments)
@@ -71,11 +75,11 @@ def test_one_wrong_number_of_any_result_is_found(part, result, poison, kernels):
         broken.view(-1)[-1] = poison if broken.is_floating_point() else -7
         return results
 
-    setattr(kernels, name, wrong)
-    assert_wrong(measure(part))
+    setattr(kernels, function, wrong)
+    assert_wrong(measure(name))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -95,9 +99,18 @@ def test_wrong_winners_are_found(spoil, shape, kernels):
 def test_the_same_winner_twice_is_found_though_scores_are_equal(kernels):
     query, keys = torch.ones(1, 1, 2, 4), torch.ones(5, 4)
     picks = torch.tensor([[[3, 4, 4, 24, 25, -1]]])
-    scores = gpu.scores_at(picks, query, keys, keys)
+    scores = operations.scores_at(picks, query, keys, keys)
     assert scores[0, 0].isfinite().tolist().count(False) == 3
     assert torch.equal(scores[0, 0, [0, 3]], torch.full((2,), 8.0))
+
+
+def test_scores_of_heads_with_codebooks_of_their_own():
+    generator = torch.Generator().manual_seed(0)
+    query, keys1, keys2 = (
+        torch.randn(s, generator=generator, dtype=torch.float64) for s in ((3, 2, 2, 4), (2, 5, 4), (2, 6, 4))
+    )
+    scores, picks = reference.product_key_topk(query, keys1, keys2, 3)
+    torch.testing.assert_close(operations.scores_at(picks, query, keys1, keys2), scores)
 
 
 def test_a_step_that_leaves_the_table_alone_is_found(kernels):
@@ -106,93 +119,67 @@ def test_a_step_that_leaves_the_table_alone_is_found(kernels):
         assert_wrong(measure("row-wise AdamW", shape))
 
 
-def test_numbers_are_compared_in_pieces(monkeypatch):
+def test_errors_are_relative_and_taken_in_pieces(monkeypatch):
+    monkeypatch.setattr(compare, "BLOCK", 3)
     whole = torch.arange(1.0, 8.0)
     broken = whole.clone()
     broken[5] += 3.5
-    monkeypatch.setattr(correctness, "BLOCK", 3)
-    assert gpu.compare((broken,), (whole,))[0] == 0.5
-    assert gpu.compare((whole[:0],), (whole[:0],)) == (0.0, None)
-    assert gpu.compare((whole[:3],), (whole,))[1] is not None
+    error = compare.compare("y", broken, whole)
+    assert error.largest == 0.5
+    assert error.norm == pytest.approx(3.5 / float(whole.norm()))
+    assert "y, float32: norm of the error" in error.fault
+    assert compare.compare("y", whole[:0], whole[:0]) == compare.Error(0.0, 0.0, None)
+    assert "shape [3], not [7]" in compare.compare("y", whole[:3], whole).fault
+    broken[4] = float("nan")
+    assert "not finite" in compare.compare("y", broken, whole).fault
+    assert compare.compare("y", whole, torch.zeros(7)).fault is not None
+    assert compare.compare("y", torch.zeros(7), torch.zeros(7)).fault is None
 
 
-def test_what_does_not_fit_costs_no_other(kernels, monkeypatch, capsys):
-    pytest.importorskip("triton", reason="Triton is not installed")
-
-    def too_large(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr("sys.argv", ["gpu", "--tiny"])
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(gpu, "available_backends", lambda: {"triton": None})
-    kernels.expert_mlp = too_large
-    assert gpu.main() == 0
-    printed = capsys.readouterr().out
-    assert printed.endswith("\n}\n```\n")
-    rows = json.loads(printed.rpartition("```json\n")[2].partition("\n```")[0])["rows"]
-    assert {row["part"]: row["status"] for row in rows} == dict.fromkeys(gpu.PARTS, "timed") | {
-        "experts, forward": "out of memory"
-    }
-
-    kernels.rowwise_adamw = lambda *_: None
-    assert gpu.main() == 1
-    del kernels.expert_mlp
-    assert gpu.main() == 1
-    assert '"status": "failed"' in capsys.readouterr().out
+def test_a_bit_that_differs_is_found():
+    x = torch.ones(3)
+    assert compare.same_bits("y", x, x.clone()) is None
+    assert "differs in 1 of 3" in compare.same_bits("y", torch.tensor([1, 1, 1 + 2**-23]), x)
+    assert "shape" in compare.same_bits("y", x[:2], x)
 
 
-@pytest.fixture
-def tuned(monkeypatch) -> SimpleNamespace:
-    """A tuned kernel that was launched and has not let go of its arguments."""
-    kernel = SimpleNamespace(cache={}, nargs={"table": torch.zeros(1)})
-    module = SimpleNamespace(some_kernel=kernel)
-    monkeypatch.setitem(gpu.sys.modules, "million_experts.ops.triton_expert_rows", module)
-    return kernel
+def test_new_memory_is_poisoned_while_asked():
+    with compare.poisoned():
+        assert torch.empty(3).isnan().all()
+        assert torch.empty_like(torch.ones(3, dtype=torch.bfloat16)).isnan().all()
+        assert (torch.ones(2).new_empty(3, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [(torch.OutOfMemoryError("out of memory"), "out of memory"), (RuntimeError("illegal access"), "failed")],
-)
-def test_a_broken_gpu_costs_nothing_that_was_measured(error, status, tuned, monkeypatch):
-    emptied = []
-
-    def broken(*_):
-        raise error
-
-    def empty_cache():
-        emptied.append(tuned.nargs)
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
-    assert gpu.measure(TINY, broken, torch.device("cuda"), 1e9, 2)["status"] == status
-    assert emptied == [None]  # called, and when there was nothing left that keeps memory
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=["float32", "bfloat16"])
-def test_the_bytes_are_those_that_must_move_in_the_model(shape, kernels):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_bytes_are_those_that_must_move_in_the_model(shape):
     pytest.importorskip("triton", reason="Triton is not installed")
     from million_experts.benchmarks import triton_traffic as model
 
-    def bytes_and_arguments(part):
-        arguments = []
-        setattr(kernels, FUNCTIONS[part][0], lambda *given: arguments.extend(given))
-        prepared = gpu.PARTS[part](shape, CPU)
-        prepared.run("triton")
-        return prepared.necessary_bytes, arguments
-
-    N, R, D, size = shape.n**2, shape.R, shape.D, shape.dtype.itemsize
-    picks = model.Picks(bytes_and_arguments("experts, forward")[1][1].numpy())
-    of_tokens = shape.T, shape.H * shape.k, D, size, model.Gather("table", picks, R * D * size)
+    indices = torch.randint(0, shape.N, (shape.T, shape.K), generator=torch.Generator().manual_seed(0))
+    picks = model.Picks(indices.numpy())
+    N, R, D, size = shape.N, shape.R, shape.D, shape.size
+    of_tokens = shape.T, shape.K, D, size, model.Gather("table", picks, R * D * size)
     expected = {"experts, forward": model.experts_forward(*of_tokens)}
-    for part, count in (
+    for name, count in (
         ("experts, backward to the touched rows", picks.distinct * (8 + R * D * size)),
         ("experts, backward, dense", N * R * D * size),
     ):
-        expected[part] = model.experts_backward(*of_tokens, model.Stream("grad", count))
+        expected[name] = model.experts_backward(*of_tokens, model.Stream("grad", count))
     sizes = model.Retrieval(shape.T, shape.H, shape.k, shape.n, shape.n, shape.d, size, size)
     expected["retrieval, forward"] = model.topk(sizes).accesses
-    rows = bytes_and_arguments("row-wise AdamW")[1][6]
-    expected["row-wise AdamW"] = model.adamw(len(rows), R, D, 3, size, size, size, True).accesses
-    for part, accesses in expected.items():
-        assert bytes_and_arguments(part)[0] == model.Kernel(accesses, {}).necessary(model.CACHE), part
+    step = model.adamw(picks.distinct, R, D, 3, size, size, size, True).accesses
+    history = 3 * 3 * 8
+    expected["row-wise AdamW"] = step
+    for name, accesses in expected.items():
+        counted = costs.operation(name, shape, picks.distinct).bytes
+        if name == "row-wise AdamW":  # the model counts the sums of logarithms, too
+            counted += history
+        assert counted == model.Kernel(accesses, {}).necessary(model.CACHE), name
+
+
+def test_expected_picks():
+    shape = Shape(64, 16, 8)
+    draws = [operations.Draw(shape, CPU, seed).picks().unique().numel() for seed in range(20)]
+    assert shape.distinct == pytest.approx(sum(draws) / 20, rel=0.02)
+    assert Shape(4, 1, 8).distinct == 1

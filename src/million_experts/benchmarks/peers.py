@@ -174,6 +174,12 @@ class EmbeddingBagMemory(ProductKeyRetrieval):
         nn.init.normal_(self.values.weight, std=dim**-0.5)
         self.reset_retrieval()
 
+    @property
+    def table(self) -> nn.Parameter:
+        weight = self.values.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
     def forward(self, x_TD: Tensor) -> Tensor:
         routing = self.retrieve(x_TD)
         return self.values(routing.indices.flatten(1), per_sample_weights=routing.gates.flatten(1))

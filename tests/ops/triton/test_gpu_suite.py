@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from million_experts.benchmarks.gpu import plan, rows
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -45,35 +46,70 @@ def test_without_a_gpu_they_are_skipped_with_a_reason():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_the_benchmark_ends_with_a_reason():
-    done = run("-m", "million_experts.benchmarks.gpu")
+def test_without_a_gpu_the_check_ends_with_a_reason(tmp_path):
+    done = run("-m", "million_experts.benchmarks.gpu", "--output", str(tmp_path))
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.strip().splitlines()[-1].startswith("bench-gpu: no GPU that CUDA or ROCm reaches")
+    assert done.stderr.strip().startswith("bench-gpu: no GPU that CUDA or ROCm reaches")
 
 
-def test_in_the_interpreter_the_benchmark_takes_tiny_shapes_alone():
-    done = run("-m", "million_experts.benchmarks.gpu", TRITON_INTERPRET="1")
-    assert done.returncode == 1
-    assert "interpreter is too slow for these shapes: --tiny, or without TRITON_INTERPRET" in done.stderr
+def rehearse(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
+    done = run("-m", "million_experts.benchmarks.gpu", "--rehearse", "--output", str(folder), *arguments)
+    return done, rows.read(folder)
 
 
-def test_the_benchmark_ends_in_a_json_block():
-    script = (
-        "import sys, triton_interpreter; triton_interpreter.repair(); "
-        "from million_experts.benchmarks import gpu; sys.exit(gpu.main())"
+def test_a_rehearsal_that_runs_out_of_time_ends_with_a_summary_and_is_resumed(tmp_path):
+    arguments = ("--only", "right", "--minutes", "0.1")
+    done, first = rehearse(tmp_path, *arguments)
+    assert "Summary" in done.stdout
+    assert "not reached, `--resume` goes on there: right " in done.stdout
+    (machine,) = [row for row in first if row["part"] == "machine"]
+    assert machine["gpu"] == "none: Triton's interpreter"  # also where there is one
+    done, both = rehearse(tmp_path, *arguments, "--resume")
+    ended = [row["case"] for row in both if row.get("event") == "end"]
+    assert len(set(ended)) == len(ended)
+    assert both[: len(first)] == first
+    assert {row["status"] for row in rows.latest(both)} <= {"right"}
+
+
+@pytest.mark.slow
+def test_a_rehearsal_reaches_every_case(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("All of it is rehearsed where there is no GPU. " * 300)
+    done, found = rehearse(tmp_path / "run", "--minutes", "6", "--text", str(text))
+    assert done.returncode == 0, done.stdout
+    cases = {(case.part, case.name) for case in plan.make_plan(rehearsal=True, text=str(text))}
+    assert {(row["part"], row["case"]) for row in found if row.get("event") == "end"} == cases
+    assert {row["status"] for row in rows.latest(found)} == {"right", "timed", "done", "unavailable"}
+    assert [row["fault"] for row in rows.latest(found) if row["status"] == "unavailable"] == [
+        "ncu is not installed"
+    ]
+    page = run(
+        "-m",
+        "million_experts.benchmarks.gpu.report",
+        str(tmp_path / "run"),
+        "--output",
+        str(tmp_path / "pages"),
     )
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = run("-c", script, "--tiny", TRITON_INTERPRET="1", PYTHONPATH=path)
-    assert done.returncode == 0, done.stderr
-    block = done.stdout.rpartition("```json\n")[2].partition("\n```")[0]
-    result = json.loads(block)
-    assert {"gpu", "versions", "commit", "bandwidth_bytes_per_second", "rows"} <= set(result)
-    assert result["gpu"] == {"name": "none: Triton's interpreter"}  # also where there is one
-    assert len(result["rows"]) == 6
-    for row in result["rows"]:
-        assert row["status"] == "timed"
-        assert row["seconds"]["median"] > 0
-        assert row["error"] <= 2e-5
-        assert row["necessary_bytes"] > 0
-        assert row["share_of_roofline"] > 0
+    assert page.returncode == 0, page.stderr
+    assert "A rehearsal in the interpreter" in (tmp_path / "pages" / "results.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_plan_s_kernels_compile_for_hopper(tmp_path):
+    """Each once, though two processes compile them."""
+    claims, commands = tmp_path / "claims", []
+    claims.mkdir()
+    for share in ("0/2", "1/2"):
+        arguments = ["--share", share, "--claims", str(claims), "--capability", "90"]
+        commands.append([sys.executable, "-m", "million_experts.benchmarks.gpu.compiling", *arguments])
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
+    processes = [
+        subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for c in commands
+    ]
+    outputs = [process.communicate() for process in processes]
+    assert [error for _, error in outputs] == ["", ""]
+    counts = [int(said) for said, _ in outputs]
+    assert min(counts) > 0
+    assert sum(counts) == len(list(claims.iterdir())) > 300
