@@ -33,11 +33,16 @@ def fitted_states(
         if not isinstance(stored.get(name), kind):
             raise ValueError(f"a state of an optimiser must have {name}, a {kind.__name__}")
     found: dict[Any, dict[str, Any]] = dict(stored["state"])
+    for group in stored["param_groups"]:
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            raise ValueError("each of param_groups must be a dict with params, a list")
+        if odd := [index for index in group["params"] if not isinstance(index, int | str)]:
+            raise ValueError(f"params must name parameters by numbers or texts, got {odd[0]!r}")
     # torch refuses another number of groups or parameters in a sentence of its own, after this.
     for own, group in zip(groups, stored["param_groups"], strict=False):
         options = defaults | group
         check_options(options)
-        for p, index in zip(own["params"], group.get("params", ()), strict=False):
+        for p, index in zip(own["params"], group["params"], strict=False):
             state = found.pop(index, None)
             if not state:
                 continue
