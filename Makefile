@@ -13,8 +13,8 @@ INSTALL := $(PIP) install --no-deps --no-build-isolation --config-settings=build
 # A compiler that reports an error stops `make`; only where there is none the package goes without kernels.
 export MILLION_EXPERTS_NEED_KERNELS := $(if $(shell command -v $${CXX:-c++} || command -v g++ || command -v clang++),1)
 
-.PHONY: help train bench bench-check bench-gpu test test-versions test-interop interop-rows test-slow test-gpu sanitize \
-  lint format wheel clean
+.PHONY: help train bench bench-check bench-gpu fuzz test test-versions test-interop interop-rows test-slow test-gpu \
+  sanitize lint format wheel clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,10 @@ test-slow: $(VENV)/.installed ## Run what takes longer: the README's training co
 
 test-gpu: $(VENV)/.installed ## Run the Triton kernels on a GPU against the reference (elsewhere skipped, with the reason)
 	$(BIN)/python -m pytest -rs tests/gpu
+
+MINUTES ?= 60
+fuzz: $(VENV)/.installed ## Feed every boundary what nobody should send, for MINUTES (60), and write the table of the docs
+	OMP_WAIT_POLICY=passive PYTHONPATH=tests $(BIN)/python -m fuzz --minutes $(MINUTES) --output docs/results/fuzz
 
 sanitize: $(VENV)/.installed ## Run the kernels under the address and undefined-behaviour sanitizers (needs gcc)
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir $(BUILD)-sanitize/wheel \

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, given
 from fuzz.worker import receive, send
 
 TESTS = Path(__file__).parent.parent
-BATCH = 50  # cases per seed: a failure is found again by its seed
+BATCH = 25  # cases per seed: a failure is found again by its seed
 PATIENCE = 60  # seconds that a case may take on a busy machine
 
 
@@ -31,10 +31,11 @@ class Worker:
     def __init__(self, boundary: str):
         self.boundary = boundary
         self.process: subprocess.Popen[bytes] | None = None
+        self.scratch = tempfile.TemporaryDirectory()  # for the files of processes, dead ones too
 
     def attempt(self, case: Any) -> tuple[str, str]:
         """What became of a case: "passed", "refused", "failed", "died" or "hung", and why."""
-        process = self._started()
+        process = self.start()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -48,10 +49,14 @@ class Worker:
             code = process.returncode
             reason = signal.Signals(-code).name if code < 0 else f"exit status {code}"
             return "died", f"{reason}\n{self._errors()}"
-        self.close()
+        self._end()
         return "hung", f"no answer in {PATIENCE} s"
 
     def close(self) -> None:
+        self._end()
+        self.scratch.cleanup()
+
+    def _end(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -61,7 +66,8 @@ class Worker:
         self.stderr.seek(0)
         return self.stderr.read().decode(errors="replace")[-2000:]
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def start(self) -> subprocess.Popen[bytes]:
+        """Its process, once that has imported what it needs."""
         if self.process is None:
             self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
             path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
@@ -70,7 +76,14 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.stderr,
-                env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"},
+                env=os.environ
+                | {
+                    "PYTHONPATH": path,
+                    "OMP_NUM_THREADS": "2",
+                    "HF_HUB_OFFLINE": "1",
+                    "HF_DATASETS_CACHE": os.path.join(self.scratch.name, "datasets"),
+                    "TMPDIR": self.scratch.name,
+                },
             )
             assert self.process.stdout is not None
             try:
@@ -82,21 +95,43 @@ class Worker:
         return self.process
 
 
-def fuzz(boundary: str, seconds: float) -> Counter[str]:
-    """Tries cases for so many seconds; returns how many passed and were refused.
+@dataclass
+class Tally:
+    """What became of the cases of a boundary.
 
-    Raises:
-        AssertionError: a case failed, or ended or hung its process. Hypothesis makes it small first.
+    Attributes:
+        passed, refused, failed: cases; a case that failed ends the run, those by which it was made small
+            count, too.
+        seeds: hypothesis drew with those below this number.
+        seconds: from the first case to the last.
+        failure: the case that failed, which hypothesis made small, and how; "" for none.
     """
+
+    passed: int = 0
+    refused: int = 0
+    failed: int = 0
+    seeds: int = 0
+    seconds: float = 0.0
+    failure: str = ""
+
+    @property
+    def tried(self) -> int:
+        return self.passed + self.refused + self.failed
+
+
+def fuzz(boundary: str, seconds: float) -> Tally:
+    """Tries cases for so many seconds, or until one fails, or ends or hangs its process."""
     cases = importlib.import_module(f"fuzz.{boundary}").cases
-    counts: Counter[str] = Counter()
+    tally = Tally()
     with contextlib.closing(Worker(boundary)) as worker:
 
         @given(cases)
         def attempt(case: Any) -> None:
             result, why = worker.attempt(case)
-            counts[result] += 1
-            assert result in ("passed", "refused"), f"{boundary} {result}: {case}\n{why}"
+            result = result if result in ("passed", "refused") else "failed"
+            setattr(tally, result, getattr(tally, result) + 1)
+            if result == "failed":
+                raise FailedError(f"{boundary}, seed {tally.seeds - 1}: {case}\n{why}")
 
         attempt = hypothesis.settings(
             max_examples=BATCH,
@@ -106,8 +141,17 @@ def fuzz(boundary: str, seconds: float) -> Counter[str]:
             phases=[Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),
         )(attempt)
-        end, batch = time.monotonic() + seconds, 0
-        while time.monotonic() < end:
-            hypothesis.seed(batch)(attempt)()
-            batch += 1
-    return counts
+        worker.start()  # imports take none of the time
+        begin = time.monotonic()
+        while (tally.seeds == 0 or tally.seconds < seconds) and not tally.failure:
+            tally.seeds += 1
+            try:
+                hypothesis.seed(tally.seeds - 1)(attempt)()
+            except FailedError as error:
+                tally.failure = str(error)
+            tally.seconds = time.monotonic() - begin
+    return tally
+
+
+class FailedError(Exception):
+    """A case that was neither taken nor refused."""

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import os
+import sys
+import types
 
 import pytest
+from hypothesis import strategies as st
 
+from fuzz import BOUNDARIES
 from fuzz.harness import Worker, fuzz
-
-BOUNDARIES = ("entries", "operations", "layers")
-SECONDS = 60 / len(BOUNDARIES)
+from fuzz.robustness_page import BEGIN, END, PAGE, ROWS, read_rows, render
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_input_is_taken_or_refused(boundary):
-    counts = fuzz(boundary, SECONDS)
-    assert counts["passed"] > 0
-    assert counts["refused"] > 0
-    print(boundary, dict(counts))
+    tally = fuzz(boundary, 60 / len(BOUNDARIES))
+    assert not tally.failure
+    assert tally.passed > 0
+    assert tally.refused > 0
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_input_is_taken_or_refused_for_an_hour(boundary):
-    counts = fuzz(boundary, 3600 / len(BOUNDARIES))
-    print(boundary, dict(counts))
+    tally = fuzz(boundary, 3600 / len(BOUNDARIES))
+    assert not tally.failure
+
+
+def test_every_module_that_has_cases_is_a_boundary():
+    modules = PAGE.parents[1].glob("tests/fuzz/*.py")
+    assert {path.stem for path in modules if "\ncases = " in path.read_text()} == set(BOUNDARIES)
+
+
+def test_the_page_shows_the_rows():
+    text, rows = PAGE.read_text(encoding="utf-8"), read_rows(ROWS)
+    assert BEGIN in text
+    assert END in text
+    assert text == render(text, rows)
+    assert [row["boundary"] for row in rows] == list(BOUNDARIES)
+    for row in rows:
+        assert row["tried"] == row["passed"] + row["refused"] + row["failed"]
+        assert row["failed"] == 0
 
 
 def test_a_case_that_ends_its_process_is_told_from_one_that_fails(tmp_path, monkeypatch):
@@ -51,3 +70,17 @@ def test_a_case_that_ends_its_process_is_told_from_one_that_fails(tmp_path, monk
     finally:
         worker.close()
     assert results == ["passed", "died", "failed", "died", "refused", "passed"]
+
+
+def test_a_failure_ends_the_run_and_is_made_small(monkeypatch):
+    def attempt(worker: Worker, case: int) -> tuple[str, str]:
+        return ("failed", "too large") if case > 9 else ("passed" if case > 4 else "refused", "")
+
+    boundary = types.ModuleType("fuzz.numbers")
+    boundary.cases = st.integers(0, 1000)
+    monkeypatch.setitem(sys.modules, "fuzz.numbers", boundary)
+    monkeypatch.setattr(Worker, "start", lambda worker: None)
+    monkeypatch.setattr(Worker, "attempt", attempt)
+    tally = fuzz("numbers", 60)
+    assert tally.failed > 0
+    assert tally.failure == f"numbers, seed {tally.seeds - 1}: 10\ntoo large"

@@ -235,6 +235,8 @@ WRONG_CONFIGS = {
     "labels beyond memory": ({"num_labels": 10**9}, "num_labels must be at most"),
     "vocabulary beyond memory": ({"vocab_size": 10**18}, "vocab_size must be at most"),
     "no positions": ({"max_position_embeddings": 0}, "max_position_embeddings must be at least 1"),
+    "no width of a head": ({"head_dim": 0}, r"head_dim .0. must be even"),
+    "no heads of keys": ({"num_key_value_heads": 0}, r"must be a multiple of num_key_value_heads .0."),
     "switch as text": ({"use_cache": "yes"}, "use_cache.* expected bool, got str"),
     "rope": ({"rope_parameters": {"rope_type": "gizmo"}}, "rope_type must be one of .* got 'gizmo'"),
     "rope base": ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta must be a positive number, got 'x'"),
@@ -255,6 +257,17 @@ WRONG_CONFIGS = {
     "another layer's argument": ({"num_experts": 5}, r"give peer=dict\(num_experts"),
     "auto_map of another kind": ({"auto_map": 5}, "not iterable"),
 }
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_folder_in_the_place_of_a_file_is_refused_by_its_name(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    if name == "config.json":
+        with pytest.raises(ValueError, match=rf"{name} cannot be read: Is a directory"):
+            load_model(str(folder))
+    else:
+        load_model(str(folder))
 
 
 @pytest.mark.parametrize("case", WRONG_CONFIGS)

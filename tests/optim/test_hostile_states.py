@@ -245,6 +245,17 @@ def test_torchs_fused_adamw_refuses_the_same_where_we_train_with_it(kind, change
         ({"seed": "1"}, "seed must be an int"),
         ({"maximize": True}, "maximize must be False"),
         ({"amsgrad": True}, "amsgrad must be False"),
+        ({"lr": None}, "lr must be a finite number of at least 0, got None"),
+        ({"lr": "3"}, "lr must be a finite number of at least 0, got '3'"),
+        ({"lr": torch.ones(2)}, "lr must be a finite number"),
+        ({"eps": [1.0]}, "eps must be a finite number"),
+        ({"eps": 10**400}, "eps must be a finite number"),
+        ({"weight_decay": 1j}, "weight_decay must be a finite number"),
+        ({"betas": 3}, "betas must be two numbers of at least 0 and below 1, got 3"),
+        ({"betas": None}, "betas must be two numbers"),
+        ({"betas": ("0", "0")}, "betas must be two numbers"),
+        ({"params": None}, "must be a dict with params, a list"),
+        ({"params": [[0]]}, "params must name parameters by numbers or texts"),
     ],
 )
 def test_options_that_no_optimiser_has_are_refused_on_loading(options, message):
@@ -264,6 +275,23 @@ def test_what_is_no_state_of_an_optimiser_is_refused(stored):
     _, optimizer = trained("rows")
     with pytest.raises(ValueError, match="a state of an optimiser must have"):
         optimizer.load_state_dict(stored)
+
+
+@pytest.mark.parametrize("group", [None, 3, {}, []])
+def test_groups_that_are_none_are_refused(group):
+    p, optimizer = trained("rows")
+    before = snapshot(p, optimizer)
+    with pytest.raises(ValueError, match="each of param_groups must be a dict with params"):
+        optimizer.load_state_dict(optimizer.state_dict() | {"param_groups": [group]})
+    assert same(before, snapshot(p, optimizer))
+
+
+def test_options_that_are_tensors_of_one_number_count_as_numbers():
+    options = {"eps": 1e-3, "weight_decay": 0.1, "betas": (0.5, 0.9)}
+    p, _ = trained("rows", **options)
+    tensors = {"eps": torch.tensor(1e-3), "weight_decay": torch.tensor(0.1)}
+    q, _ = trained("rows", **options | tensors)
+    torch.testing.assert_close(p, q)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

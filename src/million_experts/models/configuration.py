@@ -179,7 +179,7 @@ class PeerConfig(RouterSettings, PreTrainedConfig):
             if getattr(self, name) > MAX_SIZE:
                 raise ValueError(f"{name} must be at most {MAX_SIZE}, got {getattr(self, name)}")
         heads = self.num_attention_heads
-        head_dim = self.head_dim or self.hidden_size // heads
+        head_dim = self.hidden_size // heads if self.head_dim is None else self.head_dim
         if head_dim == self.hidden_size // heads and self.hidden_size % heads != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads ({heads})."
@@ -194,7 +194,7 @@ class PeerConfig(RouterSettings, PreTrainedConfig):
             raise ValueError(f"head_dim ({head_dim}) times {heads} heads must be at most {MAX_SIZE}.")
         if head_dim < 1 or head_dim % 2 != 0:
             raise ValueError(f"head_dim ({head_dim}) must be even: rotary embeddings turn pairs.")
-        groups = self.num_key_value_heads or heads
+        groups = heads if self.num_key_value_heads is None else self.num_key_value_heads
         if groups < 1 or heads % groups != 0:
             raise ValueError(
                 f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups})."

@@ -32,10 +32,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """What a JSON file holds.
 
     Raises:
-        ValueError: it is no JSON, or no object; the message names the file.
+        ValueError: it cannot be read, is no JSON, or no object; the message names the file.
     """
     try:
         content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):

@@ -5,6 +5,8 @@ kernels, torch's among them, take the sizes that the parameter has.
 """
 
 import math
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,14 +23,13 @@ MOST_STEPS = 2**24  # float32, in which torch counts steps, goes no further
 
 def check_options(options: dict[str, Any]) -> None:
     """The options of a group."""
-    lr, betas, eps, weight_decay = (options[name] for name in ("lr", "betas", "eps", "weight_decay"))
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one, got a tensor of {lr.numel()}")
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not 0.0 <= float(value) < math.inf:
-            raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas must be two numbers of at least 0 and below 1, got {betas}")
+    betas = options["betas"]
+    for name in ("lr", "eps", "weight_decay"):
+        if not 0.0 <= _number(options[name]) < math.inf:
+            raise ValueError(f"{name} must be a finite number of at least 0, got {options[name]!r}")
+    pair = isinstance(betas, Sequence) and len(betas) == 2
+    if not pair or not all(0.0 <= _number(beta) < 1.0 for beta in betas):
+        raise ValueError(f"betas must be two numbers of at least 0 and below 1, got {betas!r}")
     check_choice("second_moment", options["second_moment"], SECOND_MOMENTS)
     if options["momentum_dtype"] not in MOMENTUM_DTYPES:
         raise ValueError(f"momentum_dtype must be None or torch.bfloat16, got {options['momentum_dtype']}")
@@ -37,6 +38,17 @@ def check_options(options: dict[str, Any]) -> None:
     for name in ("amsgrad", "maximize"):  # of torch's AdamW, whose states are loaded, too
         if options.get(name):
             raise ValueError(f"{name} must be False: RowwiseAdamW has no such option")
+
+
+def _number(value: Any) -> float:
+    """A number, or a tensor of one, as a float; NaN for anything else."""
+    plain = isinstance(value, Tensor) and value.numel() == 1 and not (value.is_complex() or value.is_meta)
+    if not plain and not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def is_sparse(grad: Tensor) -> bool:

@@ -34,10 +34,13 @@ def fitted_states(
         if not isinstance(stored.get(name), kind):
             raise ValueError(f"a state of an optimiser must have {name}, a {kind.__name__}")
     found: dict[Any, dict[str, Any]] = dict(stored["state"])
-    # torch refuses another number of groups or parameters in a sentence of its own, after this.
-    for own, group in zip(groups, stored["param_groups"], strict=False):
+    for group in stored["param_groups"]:
         if not isinstance(group, dict) or not isinstance(group.get("params"), list):
             raise ValueError("each of param_groups must be a dict with params, a list")
+        if odd := [index for index in group["params"] if not isinstance(index, int | str)]:
+            raise ValueError(f"params must name parameters by numbers or texts, got {odd[0]!r}")
+    # torch refuses another number of groups or parameters in a sentence of its own, after this.
+    for own, group in zip(groups, stored["param_groups"], strict=False):
         options = defaults | group
         try:
             check_options(options)
