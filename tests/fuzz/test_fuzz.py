@@ -8,7 +8,7 @@ import pytest
 
 from fuzz.harness import Worker, fuzz
 
-BOUNDARIES = ("entries", "operations", "layers")
+BOUNDARIES = ("entries", "operations", "layers", "optimiser_states")
 SECONDS = 60 / len(BOUNDARIES)
 
 
