@@ -5,6 +5,7 @@ BOUNDARIES = (
     "operations",
     "layers",
     "optimizer_states",
+    "altered_states",
     "configurations",
     "weights",
     "caches",

@@ -18,6 +18,7 @@ from million_experts.optim.row_state import TENSORS, has_rows, of_rows
 
 SECOND_MOMENTS = ("element", "row")
 MOMENTUM_DTYPES = (None, torch.bfloat16)
+_PLAIN = (Tensor, torch.nn.Parameter)
 MOST_STEPS = 2**24  # float32, in which torch counts steps, goes no further
 
 
@@ -122,6 +123,10 @@ def check_state(p: Tensor, state: dict[str, Any], rows: Tensor | None = None) ->
         if type(tensor) is Tensor and not tensor.is_meta:
             check_stored(**{name: tensor})
     if not has_rows(state):
+        count = state["step"]
+        if type(count) not in _PLAIN or count.numel() != 1:
+            raise ValueError(f"step must be a tensor of one number, got {_kind(count)}")
+        check_stored(step=count)
         return
     for name, tensor in {"the table": p, **tensors}.items():
         if not tensor.is_contiguous():
@@ -145,7 +150,7 @@ def check_shapes(p: Tensor, state: dict[str, Any]) -> None:
         if name in TENSORS and not (isinstance(value, Tensor) and value.layout == torch.strided):
             kind = value.layout if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name} must be a dense tensor, got {kind}")
-        if name in TENSORS and rows and type(value) not in (Tensor, torch.nn.Parameter):
+        if name in TENSORS and (rows or type(p) in _PLAIN) and type(value) not in _PLAIN:
             raise ValueError(f"{name} must be a plain tensor, got {type(value).__name__}")
     if rows and (p.dim() == 0 or p.dtype not in DTYPES):
         raise ValueError(f"a state of rows must be of a table, got one of {p.dtype} {list(p.shape)}")
@@ -172,15 +177,18 @@ def check_momentum(state: dict[str, Any], group: dict[str, Any]) -> None:
 
 def check_step(step: Any, most: float = MOST_STEPS) -> int:
     """The count of steps that a parameter has taken."""
-    if isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta:
+    if type(step) in _PLAIN and step.layout == torch.strided and step.numel() == 1 and not step.is_meta:
+        check_stored(step=step)
         step = step.item()
-    if not (isinstance(step, int | float) and 0 <= step <= most and step == int(step)):
-        raise ValueError(f"step must be a whole number from 0 to {most}, got {step}")
+    if not (isinstance(step, int | float) and 0 <= step <= most and step % 1 == 0):
+        raise ValueError(f"step must be a whole number from 0 to {most}, got {_kind(step)}")
     return int(step)
 
 
 def check_last_step(last_step: Tensor, step: int, rows: Tensor | None = None) -> None:
     """The last steps of the rows, or of all."""
+    if last_step.dtype != torch.int32:
+        raise ValueError(f"last_step must be int32, got {last_step.dtype}")
     # To read all numbers in order is quicker than to gather more than a few of them.
     if rows is not None and len(rows) * 16 < len(last_step):
         last_step = last_step[rows]
@@ -191,9 +199,15 @@ def check_last_step(last_step: Tensor, step: int, rows: Tensor | None = None) ->
         raise ValueError(f"last_step must lie in 0 ... {step}, got values from {low} to {high}")
 
 
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
 def check_history(history: Tensor, step: int) -> None:
     """The factors of the steps so far: sums of logarithms of numbers up to 1."""
-    if history.dim() != 2 or len(history) <= step:
+    if history.dtype != torch.float64:
+        raise ValueError(f"history must be float64, got {history.dtype}")
+    if history.dim() != 2 or len(history) <= step or history.shape[1] != 3:
         raise ValueError(f"history must have shape [> {step}, 3], got {list(history.shape)}")
     done = history[: step + 1]
     if not (done.isfinite().all() and (done <= 0).all() and (done.diff(dim=0) <= 0).all()):
