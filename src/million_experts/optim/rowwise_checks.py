@@ -173,7 +173,12 @@ def check_momentum(state: dict[str, Any], group: dict[str, Any]) -> None:
 def check_step(step: Any, most: float = MOST_STEPS) -> int:
     """The count of steps that a parameter has taken."""
     if isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta:
-        step = step.item()
+        if type(step) is Tensor:
+            check_stored(step=step)
+        try:
+            step = step.item()
+        except RuntimeError:  # a class of its own, which says what it holds to its own functions alone
+            raise ValueError(f"step must hold a number that can be read, got {type(step).__name__}") from None
     if not (isinstance(step, int | float) and 0 <= step <= most and step == int(step)):
         raise ValueError(f"step must be a whole number from 0 to {most}, got {step}")
     return int(step)
