@@ -174,4 +174,4 @@ def attempt(case: dict[str, Any]) -> None:
     set_gradients(parameters, case["rows"])
     unchanged_or_done(optimizer.step, parameters, optimizer)
     optimizer.flush()
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.load_state_dict(optimizer.state_dict())

@@ -277,6 +277,31 @@ def test_what_is_no_state_of_an_optimiser_is_refused(stored):
         optimizer.load_state_dict(stored)
 
 
+class Unreadable(torch.Tensor):
+    @staticmethod
+    def __new__(cls):
+        return torch.Tensor._make_wrapper_subclass(cls, ())
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(f"no {func}")
+
+
+@pytest.mark.parametrize("kind", ["rows", "dense"])
+def test_a_step_that_cannot_be_read_is_refused(kind):
+    p, optimizer = trained(kind)
+    stored, before = copy.deepcopy(optimizer.state_dict()), snapshot(p, optimizer)
+    stored["state"][0]["step"] = Unreadable()
+    with pytest.raises(ValueError, match="step must be a whole number"):
+        optimizer.load_state_dict(stored)
+    emptied = torch.tensor(3.0)
+    emptied.untyped_storage().resize_(0)
+    stored["state"][0]["step"] = emptied
+    with pytest.raises(ValueError, match="does not fit: step .* memory"):
+        optimizer.load_state_dict(stored)
+    assert same(before, snapshot(p, optimizer))
+
+
 @pytest.mark.parametrize("group", [None, 3, {}, []])
 def test_groups_that_are_none_are_refused(group):
     p, optimizer = trained("rows")
