@@ -237,8 +237,6 @@ def test_torchs_fused_adamw_refuses_the_same_where_we_train_with_it(kind, change
     [
         ({"lr": math.nan}, "lr must be a finite number"),
         ({"betas": (0.9, 1.5)}, "betas must be two numbers"),
-        ({"betas": None}, "an option of a group has another type"),
-        ({"eps": None}, "an option of a group has another type"),
         ({"params": None}, "param_groups must be a dict with params"),
         ({"second_moment": "column"}, "second_moment must be one of"),
         ({"momentum_dtype": torch.int8}, "momentum_dtype must be"),
@@ -297,7 +295,7 @@ def test_a_step_that_cannot_be_read_is_refused(kind):
     emptied = torch.tensor(3.0)
     emptied.untyped_storage().resize_(0)
     stored["state"][0]["step"] = emptied
-    with pytest.raises(ValueError, match="does not fit: step .* memory"):
+    with pytest.raises(ValueError, match=r"does not fit: step .* memory"):
         optimizer.load_state_dict(stored)
     assert same(before, snapshot(p, optimizer))
 

@@ -42,10 +42,7 @@ def fitted_states(
     # torch refuses another number of groups or parameters in a sentence of its own, after this.
     for own, group in zip(groups, stored["param_groups"], strict=False):
         options = defaults | group
-        try:
-            check_options(options)
-        except TypeError as error:
-            raise ValueError(f"an option of a group has another type: {error}") from None
+        check_options(options)
         for p, index in zip(own["params"], group["params"], strict=False):
             if not found.get(index):
                 continue
