@@ -307,7 +307,7 @@ def test_a_step_that_cannot_be_read_is_refused(kind):
 def test_a_count_of_steps_of_another_kind_goes_on(kind, count):
     found, optimizer = trained(kind)
     stored = copy.deepcopy(optimizer.state_dict())
-    stored["state"][0]["step"] = count
+    stored["state"][0]["step"] = copy.deepcopy(count)
     optimizer.load_state_dict(stored)
     expected, other = trained(kind)
     for p, one in ((found, optimizer), (expected, other)):
