@@ -300,6 +300,21 @@ def test_a_step_that_cannot_be_read_is_refused(kind):
     assert same(before, snapshot(p, optimizer))
 
 
+@pytest.mark.parametrize("kind", ["rows", "dense"])
+@pytest.mark.parametrize("count", [3, torch.tensor(3), torch.tensor(3.0).half(), torch.tensor(3.0)])
+def test_a_count_of_steps_of_another_kind_goes_on(kind, count):
+    found, optimizer = trained(kind)
+    stored = copy.deepcopy(optimizer.state_dict())
+    stored["state"][0]["step"] = copy.deepcopy(count)
+    optimizer.load_state_dict(stored)
+    expected, other = trained(kind)
+    for p, one in ((found, optimizer), (expected, other)):
+        p.grad = rows_gradient(p) if kind == "rows" else torch.ones(N, D)
+        one.step()
+    assert torch.equal(found, expected)
+    assert optimizer.state[found]["step"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("group", [None, 3, {}, []])
 def test_groups_that_are_none_are_refused(group):
     p, optimizer = trained("rows")

@@ -82,8 +82,9 @@ def _fitted(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> dict[str
     else:
         check_step(state["step"], most=float("inf"))
     fitted = {name: _placed(name, value, p) for name, value in state.items()}
-    if not isinstance(fitted["step"], Tensor):  # as older versions of torch stored it
-        fitted["step"] = torch.tensor(float(fitted["step"]))
+    count = fitted["step"]  # older versions of torch stored a number; torch's step takes these dtypes alone
+    if not isinstance(count, Tensor) or count.dtype not in (torch.float32, torch.float64):
+        fitted["step"] = torch.tensor(float(count))
     check_state(p, fitted)
     return fitted
 
