@@ -315,6 +315,16 @@ def test_a_count_of_steps_of_another_kind_goes_on(kind, count):
     assert optimizer.state[found]["step"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("nothing", [None, 0, {}, ""])
+def test_a_state_that_is_nothing_begins_anew(nothing):
+    p, optimizer = trained("rows")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: nothing}})
+    assert not optimizer.state
+    p.grad = rows_gradient(p)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+
+
 @pytest.mark.parametrize("group", [None, 3, {}, []])
 def test_groups_that_are_none_are_refused(group):
     p, optimizer = trained("rows")

@@ -45,6 +45,7 @@ def fitted_states(
         check_options(options)
         for p, index in zip(own["params"], group["params"], strict=False):
             if not found.get(index):
+                found.pop(index, None)  # none, in whatever form
                 continue
             try:
                 found[index] = _fitted(p, found[index], options)
@@ -64,7 +65,7 @@ def refuse_misfits(optimizer: Optimizer, stored: dict[str, Any]) -> dict[str, An
     ours = {"second_moment": "element", "momentum_dtype": None, "seed": 0}
     states = fitted_states(optimizer.param_groups, ours | optimizer.defaults, stored)
     for index, state in states.items():
-        if has_rows(state):
+        if isinstance(state, dict) and has_rows(state):
             raise ValueError(f"the state of parameter {index} is of rows: sparse gradients have trained it")
     return stored | {"state": states}
 
