@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from accelerate import dispatch_model
+from packaging.version import Version
 
 from million_experts.models import PeerConfig, PeerForCausalLM
 
@@ -56,6 +58,8 @@ def test_blocks_on_a_disk(kind, blocks, way, tmp_path):
         with pytest.raises(ValueError, match=message):
             loaded(model, places(blocks), tmp_path)
         return
+    elif kind == "memory_plus" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("older versions of transformers lose a shared tensor that lies on a disk")
     else:
         placed = loaded(model, places(blocks), tmp_path)
     assert any(p.is_meta for p in placed.model.layers[blocks.index("disk")].parameters())
