@@ -57,10 +57,10 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 INTEROP_PYTEST := OMP_WAIT_POLICY=passive $(INTEROP)/bin/python -m pytest -n 2 --dist loadfile
 INTERPRETED := tests/ops/triton
 
-test: lint test-versions ## Lint, check types, run the tests (some minutes)
+test: lint ## Lint, check types, run the tests (some minutes)
 	$(PYTEST) -n 2 --dist loadfile --ignore $(INTERPRETED) --ignore tests/interop
 	TRITON_INTERPRET=1 $(PYTEST) -n 2 --dist loadfile $(INTERPRETED)
-	$(MAKE) --no-print-directory test-interop
+	$(MAKE) --no-print-directory test-versions test-interop
 
 test-interop: $(INTEROP)/.installed ## Run layers and models inside PEFT, TRL, Accelerate, torchao, bitsandbytes, lm-eval
 	$(INTEROP_PYTEST) --rows check tests/interop
