@@ -23,7 +23,7 @@ from million_experts.lm.settings import (
 )
 from million_experts.lm.training import model_config
 from million_experts.models import PeerForCausalLM
-from million_experts.optim import rowwise
+from million_experts.optim import rowwise_checks
 
 PRESETS = ["demo", "million", "ostix360-test1", "ostix360-test2", "ostix360-test3", "paper-middle"]
 
@@ -239,7 +239,7 @@ def test_only_what_is_learnt_counts_as_a_difference():
 
 
 def test_second_moments_are_those_of_the_optimiser():
-    assert SECOND_MOMENTS == rowwise.SECOND_MOMENTS
+    assert SECOND_MOMENTS == rowwise_checks.SECOND_MOMENTS
 
 
 def nested(line, depth):

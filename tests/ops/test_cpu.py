@@ -329,7 +329,8 @@ def test_without_proc_the_kernels_find_their_threads(cpu):
 
 
 def test_memory_is_anonymous_where_it_maps_no_file(cpu, tmp_path):
-    assert cpu._is_anonymous(torch.zeros(2**20).data_ptr())
+    ours = torch.zeros(2**20)
+    assert cpu._is_anonymous(ours.data_ptr(), ours.nbytes)
     (tmp_path / "file").write_bytes(bytes(2**16))
     mapped = torch.from_file(str(tmp_path / "file"), size=2**14)
-    assert not cpu._is_anonymous(mapped.data_ptr())
+    assert not cpu._is_anonymous(mapped.data_ptr(), mapped.nbytes)

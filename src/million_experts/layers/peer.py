@@ -269,15 +269,21 @@ class PEER(ProductKeyRetrieval):
             eps, tensors = norm.eps, [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         elif isinstance(norm, WideLayerNorm):
             eps, tensors = norm.eps, [norm.weight, norm.bias]
+        weight, keys1, keys2, experts = proj.weight, self.keys1, self.keys2, self.experts
+        # What a traced graph holds must not be found unfit when it runs.
+        for tensor in (x, weight, keys1, keys2, *tensors):
+            if tensor is None or tensor.dtype != torch.float32 or not tensor.is_cpu:
+                return None
+        if experts.dtype == torch.float64 or not experts.is_cpu:
+            return None
         try:
             return layer_inference(
-                x, proj.weight, self.norm_kind, tensors, eps, self.keys1, self.keys2, self.experts,
-                self.num_heads, self.experts_per_head, self.score, self.activation,
+                x, weight, self.norm_kind, tensors, eps, keys1, keys2, experts, self.num_heads,
+                self.experts_per_head, self.score, self.activation,
             )  # fmt: skip
         except (TypeError, ValueError):
-            return (
-                None  # not plain float32 tensors on the CPU that fit: the general path takes them or says why
-            )
+            # Not plain tensors, or they do not fit: the general path takes them or says why.
+            return None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, glu={self.glu}, activation={self.activation!r}"

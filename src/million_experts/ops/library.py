@@ -131,10 +131,10 @@ def _backward_of_real_tokens(
     """What a backend's backward returns for the tokens that the mask leaves, with zeros for the others."""
     check_experts(x, indices, gates, experts, mask, activation)
     check_floating(grad_y=grad_y, pre=pre)
-    check_accumulated(accumulation_dtype(x, gates, experts), pre=pre)
     check_devices(x=x, grad_y=grad_y, pre=pre)
     check_shape("grad_y", grad_y, x.shape)
     check_shape("pre", pre, (experts.shape[1] - 1, *indices.shape))
+    check_accumulated(accumulation_dtype(x, gates, experts), pre=pre)
     _check_pool(indices, mask, len(experts))
     if mask is None:
         return run(grad_y, x, indices, gates, experts, pre, activation, *needs)
