@@ -168,7 +168,8 @@ def whole_layer() -> None:
     for (T, D, H, d, n1, n2, k), norm, score, dtype, R in cases:
         kind = next(kinds)
         width = H * 2 * d
-        norms = [torch.rand(width) + 0.5 for _ in range({"none": 0, "batch": 4, "layer": 2}[norm])]
+        per_head = 2 * d if norm == "layer" else width
+        norms = [torch.rand(per_head) + 0.5 for _ in range({"none": 0, "batch": 4, "layer": 2}[norm])]
         shared = () if kind in ("normal", "nan") else (H,)
         cpu.layer_inference(
             values(T, D, dtype=F32, kind=kind), values(width, D, dtype=F32), norm, norms, 1e-5,
