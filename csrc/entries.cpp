@@ -4,6 +4,7 @@
 #include "entries.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "tensors.h"
 
@@ -33,8 +34,13 @@ struct Pairs {
   int64_t T, K, N, R, D, first;
   DType dtype_sum;
 
-  Pairs(handle indices_, handle gates_, handle experts_, int64_t first, int64_t T) : T(T), first(first) {
+  // All tokens that the tensors hold.
+  Pairs(handle indices, handle gates, handle experts) : Pairs(indices, gates, experts, 0, std::nullopt) {}
+
+  Pairs(handle indices_, handle gates_, handle experts_, int64_t first, std::optional<int64_t> count)
+      : first(first) {
     indices = take("indices", indices_, only(Type::i64), {any, any});
+    T = count.value_or(indices.shape[0]);
     gates = take("gates", gates_, sums, {indices.shape[0], indices.shape[1]});
     experts = take("experts", experts_, floating, {any, any, any});
     K = indices.shape[1], N = experts.shape[0], R = experts.shape[1], D = experts.shape[2];
@@ -67,9 +73,10 @@ Tensor sorted_pairs(const Pairs& pairs, handle sorted) {
   return take("sorted", sorted, only(Type::u8), {pairs.T * pairs.K, 8 + pairs.R * pairs.gates.item_bytes()});
 }
 
-// Tokens [first, first + T) of indices, gates, pre and grad_gates, and the products of these tokens.
+// Tokens [first, first + T) of indices, gates, pre and grad_gates, and the products of these tokens: with rows of the
+// inner matrix forward, with up rows backward.
 ExpertProducts expert_products(handle indices_, handle gates_, handle pre_, handle products_, handle of_up_,
-                               int64_t columns, int64_t first, int activation, int threads) {
+                               bool backward, int64_t first, int activation, int threads) {
   const Tensor indices = take("indices", indices_, only(Type::i64), {any, any});
   const int64_t tokens = indices.shape[0], K = indices.shape[1];
   const Tensor gates = take("gates", gates_, only(Type::f32), {tokens, K});
@@ -80,7 +87,7 @@ ExpertProducts expert_products(handle indices_, handle gates_, handle pre_, hand
   check_number("first token", first, 0, tokens);
   check_number("tokens", T, 0, tokens - first);
   check_range(indices, first, T, N);
-  const Tensor products = take("products", products_, only(Type::bf16), {T, columns ? N * columns : N * inner});
+  const Tensor products = take("products", products_, only(Type::bf16), {T, backward ? N : N * inner});
   return {activation_of(activation), T, K, N, inner + 1, indices.at<int64_t>(first), gates.at<float>(first),
           tokens * K, static_cast<float*>(pre.data) + first * K, products.at(), of_up.at(), nullptr, nullptr,
           threads_of(threads)};
@@ -132,8 +139,7 @@ BatchNorm batch_norm_arguments(handle x_, handle mask, handle weight, handle mea
 
 void expert_mlp_forward(handle x, handle indices, handle gates, handle experts, handle y, handle pre, int activation,
                         int64_t block_experts, int threads) {
-  const Tensor tokens = take("x", x, sums, {any, any});
-  const Pairs pairs(indices, gates, experts, 0, tokens.shape[0]);
+  const Pairs pairs(indices, gates, experts);
   ExpertMlpForward a;
   pairs.hand_over(a, activation, block_experts, threads);
   a.x = pairs.of_tokens("x", x).at(), a.y = pairs.of_tokens("y", y).at(), a.pre = pairs.pre(pre).at();
@@ -186,8 +192,7 @@ int64_t expert_mlp_sort(handle indices, handle gates, handle experts, handle wei
 // `sorted` and `starts` are what the sort wrote, for the same tokens.
 void expert_mlp_touched_grad(handle x, handle grad_y, handle indices, handle gates, handle experts, handle sorted,
                              handle starts, int64_t first, int64_t touched, handle rows, handle values, int threads) {
-  const Tensor tokens = take("x", x, sums, {any, any});
-  const Pairs pairs(indices, gates, experts, 0, tokens.shape[0]);
+  const Pairs pairs(indices, gates, experts);
   const int64_t most = std::min(pairs.N, pairs.T * pairs.K);
   const Tensor begins = take("starts", starts, only(Type::i64), {most + 1});
   check_number("first row", first, 0, most);
@@ -206,16 +211,17 @@ void expert_mlp_touched_grad(handle x, handle grad_y, handle indices, handle gat
 
 void expert_products_forward(handle indices, handle gates, handle pre, handle products, handle of_up, int64_t first,
                              int activation, int threads) {
-  const ExpertProducts a = expert_products(indices, gates, pre, products, of_up, 0, first, activation, threads);
+  const ExpertProducts a = expert_products(indices, gates, pre, products, of_up, false, first, activation, threads);
   run(&Kernels::expert_products_forward, a);
 }
 
 void expert_products_backward(handle indices, handle gates, handle pre, handle products, handle of_up,
                               handle of_inner, handle grad_gates, int64_t first, int activation, int threads) {
-  ExpertProducts a = expert_products(indices, gates, pre, products, of_up, 1, first, activation, threads);
+  ExpertProducts a = expert_products(indices, gates, pre, products, of_up, true, first, activation, threads);
   a.of_inner = take("of_inner", of_inner, only(Type::bf16), {a.T, a.N * (a.R - 1)}).at();
-  const int64_t tokens = a.K ? a.pre_stride / a.K : first + a.T;
-  a.grad_gates = take_optional("grad_gates", grad_gates, only(Type::f32), {tokens, a.K}).at<float>(first);
+  const Tensor of_gates = take_optional("grad_gates", grad_gates, only(Type::f32), {any, a.K});
+  if (of_gates.dims) check_number("tokens in grad_gates", of_gates.shape[0] * a.K, a.pre_stride, a.pre_stride);
+  a.grad_gates = of_gates.at<float>(first);
   run(&Kernels::expert_products_backward, a);
 }
 
@@ -234,7 +240,8 @@ void product_key_topk_backward(handle grad_scores, handle indices, handle query,
   RetrievalBackward a;
   static_cast<Retrieval&>(a) = retrieval(query, keys1, keys2, found.shape[2], threads);
   const unsigned type = only(a.dtype_sum);
-  a.indices = take("indices", indices, only(Type::i64), {a.T, a.H, a.k}).at<int64_t>();
+  check_shape(found, {a.T, a.H, a.k});
+  a.indices = found.at<int64_t>();
   check_range(found, 0, a.T, a.n1 * a.n2);
   a.grad_scores = take("grad_scores", grad_scores, type, {a.T, a.H, a.k}).at();
   a.grad_query = take("grad_query", grad_query, type, {a.T, a.H, 2, a.d}).at();
@@ -305,9 +312,10 @@ void rowwise_adamw(handle table_, handle exp_avg_, handle exp_avg_sq_, handle la
   const Tensor table = take("table", table_, floating, {any, any, any});
   const int64_t N = table.shape[0], R = table.shape[1], D = table.shape[2];
   const Type sum = table.type == Type::f64 ? Type::f64 : Type::f32;
-  const bool by_row = take("exp_avg_sq", exp_avg_sq_, only(sum)).dims == 2;
-  const Tensor exp_avg_sq = by_row ? take("exp_avg_sq", exp_avg_sq_, only(sum), {N, R})
-                                   : take("exp_avg_sq", exp_avg_sq_, only(sum), {N, R, D});
+  const Tensor exp_avg_sq = take("exp_avg_sq", exp_avg_sq_, only(sum));
+  const bool by_row = exp_avg_sq.dims == 2;
+  if (by_row) check_shape(exp_avg_sq, {N, R});
+  else check_shape(exp_avg_sq, {N, R, D});
   const unsigned momenta = only(sum) | (sum == Type::f32 ? only(Type::bf16) : 0);
   const Tensor exp_avg = take_optional("exp_avg", exp_avg_, momenta, {N, R, D});
   const Tensor last_step = take("last_step", last_step_, only(Type::i32), {N});

@@ -11,6 +11,7 @@ from million_experts.layers.retrieval import ProductKeyRetrieval, Routing
 from million_experts.layers.submodules import call
 from million_experts.layers.tokens import blank_masked, flatten_tokens
 from million_experts.ops import advise_huge_pages
+from million_experts.ops.checks import autocast_is_on
 from million_experts.ops.row_gradients import expect_row_gradient
 
 
@@ -69,9 +70,8 @@ class _Memory(ProductKeyRetrieval):
         tokens, mask = flatten_tokens(x, mask, self.dim)
         routing = self.retrieve(tokens, mask)
         y = blank_masked(self._output(tokens, self._read(routing, mask)), mask)
-        device = x.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
-        y = y.to(torch.get_autocast_dtype(device) if autocast else x.dtype).view(x.shape)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x) else x.dtype
+        y = y.to(dtype).view(x.shape)
         if not return_routing:
             return y
         shape = (*x.shape[:-1], self.num_heads, self.experts_per_head)

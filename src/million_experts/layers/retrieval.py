@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from million_experts._arguments import check_choice, check_positive, is_integer
 from million_experts._typing import Bool, Float
 from million_experts.layers.norm import MaskedBatchNorm, WideLayerNorm
-from million_experts.layers.submodules import autocast_is_on, call, is_plain
+from million_experts.layers.submodules import call, is_plain
 from million_experts.ops import product_key_topk, resolve_backend
+from million_experts.ops.checks import autocast_is_on
 
 SCORES = ("softmax", "sigmoid", "relu")
 QUERY_NORMS = ("batch", "layer", "none")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from million_experts.ops.checks import autocast_is_on
+
 _COMPUTED_IN = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -21,11 +23,6 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         or module._backward_hooks
         or _has_any_global_hook()
     )
-
-
-def autocast_is_on(x: Tensor) -> bool:
-    """Whether autocast chooses the dtype of products of x; on the meta device there is none."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def call(module: nn.Module, x: Tensor) -> Tensor:

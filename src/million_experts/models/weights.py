@@ -133,7 +133,7 @@ def check_fits(folder: Path, model: Any) -> None:
     missing = [name for name in expected if not any(twin in stored for twin in _twins(model, name))]
     refuse_names(missing, f"{folder} lacks", "which config.json asks for")
     refuse_names(stored.keys() - expected.keys(), f"{folder} holds", "which config.json leaves no place for")
-    check_shapes(folder, model)
+    _refuse_shapes(folder, stored, expected)
     kinds = [
         f"{name} {tensor.dtype} instead of {expected[name].dtype}"
         for name, tensor in stored.items()
@@ -145,7 +145,10 @@ def check_fits(folder: Path, model: Any) -> None:
 def check_shapes(folder: Path, model: Any) -> None:
     """Raise ValueError if weights that a model would take from a folder have other shapes than its own, or if
     they cannot be read."""
-    stored, expected = _stored_for(model, folder), _expected(model)
+    _refuse_shapes(folder, _stored_for(model, folder), _expected(model))
+
+
+def _refuse_shapes(folder: Path, stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     wrong = [
         f"{name} {list(tensor.shape)} instead of {list(expected[name].shape)}"
         for name, tensor in stored.items()

@@ -12,7 +12,7 @@ from million_experts._typing import Bool, Float, Int
 from million_experts.ops import library as _library  # noqa: F401  (registers torch.ops.million_experts)
 from million_experts.ops import library_layer as _library_layer  # noqa: F401
 from million_experts.ops.backends import advise_huge_pages, available_backends, resolve_backend
-from million_experts.ops.checks import check_codebooks, check_experts, check_norm
+from million_experts.ops.checks import autocast_is_on, check_codebooks, check_experts, check_norm
 from million_experts.ops.reference import ACTIVATIONS
 
 __all__ = [
@@ -101,7 +101,7 @@ def expert_mlp(
         IndexError: an index outside [0, N).
     """
     check_experts(x, indices, gates, experts, mask, activation)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+    if autocast_is_on(x):
         low = torch.get_autocast_dtype(x.device.type)
         x, gates = (t if t.dtype == torch.float64 else t.to(low) for t in (x, gates))
     run = _sparse_grad_mlp if sparse_grad else torch.ops.million_experts.expert_mlp

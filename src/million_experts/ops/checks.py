@@ -13,6 +13,11 @@ from million_experts.ops.reference import ACTIVATIONS
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def autocast_is_on(x: Tensor) -> bool:
+    """Whether autocast chooses the dtype of products of x; on the meta device there is none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def check_tensors(**arguments: object) -> None:
     """Raises TypeError that names the first argument that is no tensor; a mask may be None."""
     for name, argument in arguments.items():

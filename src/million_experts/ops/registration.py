@@ -12,7 +12,7 @@ from torch._C import _AutoDispatchBelowAutograd as below_autograd
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function, forward_ad
 
-from million_experts.ops.checks import check_stored, check_tensors
+from million_experts.ops.checks import autocast_is_on, check_stored, check_tensors
 
 LIBRARY = torch.library.Library("million_experts", "DEF")
 
@@ -46,10 +46,9 @@ def _guarded(kernel, types: dict[str, str]):
         # PyTorch itself takes None for a tensor.
         check_tensors(**{name: given[name] for name in given if types[name] == "Tensor"})
         check_stored(**given)
-        device = first.device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
+        if not autocast_is_on(first):
             return kernel(first, *others)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(first.device.type, enabled=False):
             return kernel(first, *others)
 
     return run
